@@ -1,0 +1,1 @@
+"""Prefect flows, the command line and the driver: decides what runs; never imports torch."""

@@ -1,0 +1,1 @@
+"""Facts in, plan out: pure arithmetic, no I/O, clock, randomness or logging."""

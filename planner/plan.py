@@ -1,0 +1,61 @@
+"""A plan: all pipelines and their settings, what it will cost, and how sure that is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """Contiguous layers [first_layer, end_layer) on one node."""
+
+    node: str
+    first_layer: int
+    end_layer: int
+    weights_offloaded: int = 0
+    """How many of its layers live outside the device's memory and stream through it."""
+    kv_offloaded: float = 0.0
+    """Fraction of the slots' KV that is parked in host memory while they are elsewhere."""
+
+    @property
+    def layers(self) -> int:
+        return self.end_layer - self.first_layer
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPlan:
+    """The link that leaves one stage of a pipeline; the last one returns to the head."""
+
+    source: str
+    target: str
+    codec: str = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Stages that together hold the model, in ring order, and how work goes round them."""
+
+    stages: tuple[StagePlan, ...]
+    links: tuple[LinkPlan, ...]
+    micro_batch_rows: int
+    in_flight: int
+    """Micro-batches that circulate at once: the ring's slots."""
+    draft_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs where, the predicted speed, and a bound that no plan can beat."""
+
+    pipelines: tuple[Pipeline, ...]
+    rows_per_s: float
+    tokens_per_s: float
+    finish_s: float
+    bound_tokens_per_s: float
+    binding: str
+    """What limits the job, in the planner's words: a node, a link, memory, or what is in flight."""
+    basis: tuple[str, ...] = ()
+    """The facts that the plan rests on, a line each, for people."""
+
+    @property
+    def gap(self) -> float:
+        """How far from the optimum the plan may be at most, as a fraction of the bound."""
+        return 1.0 - self.tokens_per_s / self.bound_tokens_per_s if self.bound_tokens_per_s else 0.0

@@ -1,0 +1,1 @@
+"""Parquet, DuckDB and fsspec: knows rows, not models."""
