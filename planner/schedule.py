@@ -4,7 +4,14 @@ Pure decisions over counts. The head runs them on real frames and the simulator 
 neither can drift from the other. Token ids, text and sockets are unknown here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from planner.blocks import BlockPool
+
+CHUNK_TOKENS = 128
+"""Prefill chunks end at multiples of this, so a row's numbers never depend on its neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +50,188 @@ class Step:
     def tokens(self) -> int:
         """Positions that the step computes."""
         return sum(span.tokens for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class RingShape:
+    """The settings of one pipeline's ring, from the plan."""
+
+    slots: int
+    slot_rows: int
+    blocks: int
+    """KV blocks that every stage of the pipeline holds."""
+    block_tokens: int
+    step_tokens: int
+    """Positions that one step may compute, decodes and prefill chunks together."""
+
+    def __post_init__(self) -> None:
+        if min(self.slots, self.slot_rows, self.blocks, self.block_tokens) < 1:
+            raise ValueError(f"a ring needs at least one slot, row, block and token: {self}")
+        if self.step_tokens < self.slot_rows + CHUNK_TOKENS:
+            # Else a slot full of decodes would starve the prompt that waits beside them.
+            raise ValueError(
+                f"step_tokens is {self.step_tokens}; "
+                f"{self.slot_rows} rows and one chunk need {self.slot_rows + CHUNK_TOKENS}"
+            )
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens fills."""
+        return -(-tokens // self.block_tokens)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the policy knows of a row in flight; only the ring changes it."""
+
+    known: int
+    """Tokens whose ids are known: the prompt, and what has been sampled."""
+    limit: int
+    """Tokens that it may grow to."""
+    computed: int = 0
+    """Positions whose keys and values are cached."""
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class _Slot:
+    sequences: list[int] = field(default_factory=list)
+    step: Step | None = None
+    """The step in flight; a slot has at most one."""
+
+
+class Ring:
+    """Slots, admission and chunking of one pipeline; mutable, owned by its head.
+
+    Call `enqueue` as rows come, `next_step` whenever the first stage is free, and `returned` once
+    the step's samples are back.
+    """
+
+    def __init__(self, shape: RingShape) -> None:
+        self.shape = shape
+        self._slots = [_Slot() for _ in range(shape.slots)]
+        self._sequences: dict[int, _Sequence] = {}
+        self._queue: list[tuple[int, int]] = []
+        self._pool = BlockPool(shape.blocks)
+        self._next_slot = 0
+        self._next_frame = 0
+        self._ended: list[int] = []
+
+    @property
+    def live(self) -> int:
+        """Sequences that hold KV blocks."""
+        return sum(len(slot.sequences) for slot in self._slots)
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps sent, not yet returned."""
+        return sum(slot.step is not None for slot in self._slots)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence that grows to `tokens` can ever be admitted."""
+        return self.shape.blocks_for(tokens) <= self.shape.blocks
+
+    def enqueue(self, sequence: int, known_tokens: int, limit_tokens: int) -> None:
+        """Queue a sequence of `known_tokens` ids that may grow to `limit_tokens`; longest first."""
+        assert 0 < known_tokens < limit_tokens, "a sequence needs a token to start and one to make"
+        assert self.fits(limit_tokens), "the head refuses what can never fit"
+        self._sequences[sequence] = _Sequence(known_tokens, limit_tokens)
+        heappush(self._queue, (-limit_tokens, sequence))
+
+    def next_step(self) -> Step | None:
+        """The next slot's work in cyclic order; None while every slot is empty or in flight."""
+        for offset in range(self.shape.slots):
+            number = (self._next_slot + offset) % self.shape.slots
+            slot = self._slots[number]
+            if slot.step is not None:
+                continue
+            step = self._fill(number, slot)
+            if step is not None:
+                self._next_slot = (number + 1) % self.shape.slots
+                return step
+        return None
+
+    def returned(self, slot_number: int, ended: Iterable[int]) -> None:
+        """The slot's step came back: every sampling span grew by a token, `ended` left the ring."""
+        slot = self._slots[slot_number]
+        assert slot.step is not None, "a step returns once"
+        for span in slot.step.spans:
+            sequence = self._sequences[span.sequence]
+            sequence.computed = span.start + span.tokens
+            sequence.known += span.samples
+        slot.step = None
+        for number in ended:
+            self._end(slot, number)
+
+    def _end(self, slot: _Slot, number: int) -> None:
+        slot.sequences.remove(number)
+        self._pool.give_back(self._sequences.pop(number).blocks)
+        self._ended.append(number)
+
+    def _fill(self, number: int, slot: _Slot) -> Step | None:
+        spans = self._spans(slot)
+        grants: list[Grant] = []
+        budget = self.shape.step_tokens - sum(span.tokens for span in spans)
+        while self._queue and len(slot.sequences) < self._target_rows():
+            admitted = self._admit(slot, budget)
+            if admitted is None:
+                break
+            spans.append(admitted[0])
+            grants.append(admitted[1])
+            budget -= admitted[0].tokens
+        if not spans:
+            return None
+        ended, self._ended = tuple(self._ended), []
+        slot.step = Step(self._next_frame, number, tuple(spans), tuple(grants), ended)
+        self._next_frame += 1
+        return slot.step
+
+    def _target_rows(self) -> int:
+        """Rows a slot should hold: few rows spread evenly, so no stage waits for a fat slot."""
+        return min(self.shape.slot_rows, -(-(self.live + self.queued) // self.shape.slots))
+
+    def _spans(self, slot: _Slot) -> list[Span]:
+        """Spans of the rows already in the slot: decodes first, then prompts, within the budget."""
+        rows = [(number, self._sequences[number]) for number in slot.sequences]
+        rows.sort(key=lambda row: row[1].known - row[1].computed > 1)
+        spans: list[Span] = []
+        budget = self.shape.step_tokens
+        for number, sequence in rows:
+            span = _span(number, sequence, budget)
+            if span is not None:
+                spans.append(span)
+                budget -= span.tokens
+        return spans
+
+    def _admit(self, slot: _Slot, budget: int) -> tuple[Span, Grant] | None:
+        """Move the queue's first row into the slot, if the budget and the KV blocks allow it.
+
+        Nobody overtakes it: a long row would starve behind short ones. All the blocks that the row
+        may ever need are granted at once, so a row that runs always ends.
+        """
+        number = self._queue[0][1]
+        sequence = self._sequences[number]
+        span = _span(number, sequence, budget)
+        if span is None:
+            return None
+        blocks = self._pool.take(self.shape.blocks_for(sequence.limit))
+        if blocks is None:
+            return None
+        heappop(self._queue)
+        sequence.blocks = blocks
+        slot.sequences.append(number)
+        return span, Grant(number, blocks)
+
+
+def _span(number: int, sequence: _Sequence, budget: int) -> Span | None:
+    """What of the sequence fits into `budget` tokens; its end is known's end or a chunk's."""
+    start, end = sequence.computed, sequence.known
+    if end - start > budget:
+        end = (start + budget) // CHUNK_TOKENS * CHUNK_TOKENS
+    if end <= start:
+        return None
+    return Span(number, start, end - start, samples=end == sequence.known)

@@ -1,0 +1,146 @@
+"""The ring's policy, run without a model: counts go in, steps come out."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.blocks import BlockPool
+from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
+
+SHAPE = RingShape(slots=3, slot_rows=4, blocks=64, block_tokens=16, step_tokens=4 + CHUNK_TOKENS)
+
+rows = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 40)), min_size=1, max_size=40)
+
+
+def drain(ring: Ring, quotas: dict[int, int], depth: int) -> list[Step]:
+    """Run the ring with up to `depth` steps in flight until every sequence has made its quota."""
+    made = dict.fromkeys(quotas, 0)
+    steps: list[Step] = []
+    flying: list[Step] = []
+    while True:
+        step = ring.next_step() if len(flying) < depth else None
+        if step is not None:
+            flying.append(step)
+            steps.append(step)
+            continue
+        if not flying:
+            return steps
+        back = flying.pop(0)
+        for span in back.spans:
+            made[span.sequence] += span.samples
+        ring.returned(
+            back.slot, [s.sequence for s in back.spans if made[s.sequence] == quotas[s.sequence]]
+        )
+
+
+def ring_of(shape: RingShape, lengths: list[tuple[int, int]]) -> tuple[Ring, dict[int, int]]:
+    ring = Ring(shape)
+    for number, (prompt, quota) in enumerate(lengths):
+        ring.enqueue(number, prompt, prompt + quota)
+    return ring, {number: quota for number, (_, quota) in enumerate(lengths)}
+
+
+@given(rows, st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_every_row_is_computed_once_from_its_first_position_to_its_last(
+    lengths: list[tuple[int, int]], depth: int
+) -> None:
+    ring, quotas = ring_of(SHAPE, lengths)
+    computed = dict.fromkeys(quotas, 0)
+    for step in drain(ring, quotas, depth):
+        for span in step.spans:
+            assert span.start == computed[span.sequence]
+            computed[span.sequence] = span.start + span.tokens
+    # The last sampled token is never computed: nothing follows it.
+    assert computed == {n: prompt + quota - 1 for n, (prompt, quota) in enumerate(lengths)}
+    assert ring.live == ring.queued == ring.in_flight == 0
+
+
+@given(rows, st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_no_block_has_two_owners_and_every_position_has_a_block(
+    lengths: list[tuple[int, int]], depth: int
+) -> None:
+    ring, quotas = ring_of(SHAPE, lengths)
+    held: dict[int, tuple[int, ...]] = {}
+    for step in drain(ring, quotas, depth):
+        for number in step.ended:
+            del held[number]
+        for grant in step.grants:
+            held[grant.sequence] = held.get(grant.sequence, ()) + grant.blocks
+        owned = [block for blocks in held.values() for block in blocks]
+        assert len(owned) == len(set(owned))
+        for span in step.spans:
+            assert len(held[span.sequence]) * SHAPE.block_tokens >= span.start + span.tokens
+
+
+@given(rows)
+@settings(max_examples=100, deadline=None)
+def test_a_prompt_is_cut_only_at_fixed_positions(lengths: list[tuple[int, int]]) -> None:
+    ring, quotas = ring_of(SHAPE, lengths)
+    for step in drain(ring, quotas, depth=3):
+        assert step.tokens <= SHAPE.step_tokens
+        for span in step.spans:
+            assert span.samples or (span.start + span.tokens) % CHUNK_TOKENS == 0
+
+
+def test_few_rows_spread_over_the_slots() -> None:
+    ring, _ = ring_of(SHAPE, [(5, 3)] * 6)
+    steps = [ring.next_step() for _ in range(3)]
+    assert [len(step.spans) if step else 0 for step in steps] == [2, 2, 2]
+
+
+def test_slots_go_round_in_cyclic_order() -> None:
+    ring, quotas = ring_of(SHAPE, [(5, 10)] * 12)
+    slots = [step.slot for step in drain(ring, quotas, depth=3)]
+    assert slots == [i % 3 for i in range(len(slots))]
+
+
+def test_the_longest_row_enters_first() -> None:
+    ring, _ = ring_of(SHAPE, [(5, 3), (90, 3), (40, 3)])
+    step = ring.next_step()
+    assert step is not None and step.spans[0].sequence == 1
+
+
+def test_a_row_that_waits_for_memory_is_not_overtaken() -> None:
+    shape = RingShape(slots=1, slot_rows=4, blocks=4, block_tokens=16, step_tokens=512)
+    ring = Ring(shape)
+    ring.enqueue(0, 20, 40)
+    step = ring.next_step()
+    assert step is not None
+    ring.enqueue(1, 20, 39)
+    ring.enqueue(2, 2, 4)
+    ring.returned(0, [])
+    following = ring.next_step()
+    assert following is not None and [s.sequence for s in following.spans] == [0]
+
+
+def test_a_long_prompt_waits_for_no_one_and_stops_no_decode() -> None:
+    ring, _ = ring_of(SHAPE, [(400, 5)] + [(1, 30)] * 11)
+    seen: set[int] = set()
+    for _ in range(3 * 4):
+        step = ring.next_step()
+        assert step is not None
+        seen.update(span.sequence for span in step.spans if span.samples)
+        ring.returned(step.slot, [])
+    assert 0 in seen
+
+
+@given(st.lists(st.integers(1, 9), max_size=30))
+def test_the_pool_gives_each_block_to_one_owner_and_gets_all_back(
+    wants: list[int],
+) -> None:
+    pool = BlockPool(40)
+    held: list[tuple[int, ...]] = []
+    for i, want in enumerate(wants):
+        got = pool.take(want)
+        if got is None:
+            assert want > pool.free
+            continue
+        held.append(got)
+        if i % 3 == 2:
+            pool.give_back(held.pop(i % len(held)))
+        owned = [block for blocks in held for block in blocks]
+        assert len(owned) == len(set(owned)) == 40 - pool.free
+    for blocks in held:
+        pool.give_back(blocks)
+    assert pool.take(40) == tuple(range(40))
