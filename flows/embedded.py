@@ -1,0 +1,114 @@
+"""A Prefect server of a run's own, for a run that names no other; it ends when its parent does.
+
+As a module (`python -m flows.embedded HOME FD`) it is the child: it serves on the inherited socket
+until its standard input closes, which happens however the parent dies, and removes HOME then.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.errors import ServerError
+
+START_LIMIT_S = 180.0
+"""A first start migrates a fresh database: about 20 s on two busy cores."""
+
+
+class EmbeddedServer:
+    """The child process; start it early, since it takes long, and wait when it is needed."""
+
+    def __init__(self) -> None:
+        self._home = Path(tempfile.mkdtemp(prefix="wagonway-prefect-"))
+        self._log = (self._home / "server.log").open("wb")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.api_url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "flows.embedded", str(self._home), str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[listener.fileno()],
+                env={**os.environ, **_server_settings(self._home)},
+            )
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
+    def wait_until_healthy(self) -> None:
+        """Return once the API answers; ServerError with the server's last words if it does not."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while not self._healthy():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                words = (self._home / "server.log").read_text(errors="replace")[-2000:]
+                raise ServerError(f"the embedded Prefect server did not start: {words}")
+            time.sleep(0.1)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.api_url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self) -> None:
+        """End the child and wait for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+
+@contextmanager
+def embedded_server() -> Iterator[EmbeddedServer]:
+    """A server that starts now, in the background, and is gone at the end."""
+    server = EmbeddedServer()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _server_settings(home: Path) -> dict[str, str]:
+    return {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": "",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "PREFECT_UI_ENABLED": "0",
+        # A run of minutes needs the API alone: no scheduler, no telemetry, no late-run checks.
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
+
+
+def _end_with_parent(home: Path) -> None:
+    sys.stdin.buffer.read()
+    shutil.rmtree(home, ignore_errors=True)
+    os._exit(0)  # whoever asked is gone: there is nobody to shut down for in good order
+
+
+def _serve(home: Path, listener_fd: int) -> None:
+    import uvicorn  # noqa: PLC0415  (the child's alone; the driver's start should not pay for it)
+
+    threading.Thread(target=_end_with_parent, args=(home,), daemon=True).start()
+    config = uvicorn.Config(
+        "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
+    )
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listener_fd)])
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]), int(sys.argv[2]))

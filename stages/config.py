@@ -1,0 +1,114 @@
+"""What a worker or a probe is told before it starts: checked once, here, then trusted.
+
+The launcher writes a spec to a file and passes its path; keys travel as paths, never as text.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from planner.schedule import RingShape
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Ring(_Strict):
+    """The pipeline's ring; every stage of it is told the same."""
+
+    slots: Count
+    slot_rows: Count
+    blocks: Count
+    block_tokens: Count
+    step_tokens: Count
+
+    def shape(self) -> RingShape:
+        """The same, as the policy takes it."""
+        return RingShape(
+            self.slots, self.slot_rows, self.blocks, self.block_tokens, self.step_tokens
+        )
+
+
+class Address(_Strict):
+    """Where a member listens."""
+
+    host: str = Field(min_length=1)
+    port: int = Field(ge=0, le=65535)
+
+
+class ModelSpec(_Strict):
+    """Which layers of which model, and how they are computed."""
+
+    folder: Path
+    first_layer: int = Field(ge=0)
+    end_layer: int = Field(ge=1)
+    dtype: DType = "auto"
+    threads: Count = 1
+
+
+class StageSpec(_Strict):
+    """One stage worker of one run."""
+
+    run: str
+    epoch: int = Field(ge=1)
+    member: str
+    """This stage's name in the plan; its certificate carries it."""
+    pipeline: tuple[str, ...] = Field(min_length=1)
+    """Member names in ring order; the first is the head."""
+    model: ModelSpec
+    ring: Ring
+    driver: str
+    driver_address: Address
+    listen: Address
+    certificate: Path
+    key: Path
+    members: dict[str, str]
+    """Certificate (PEM) of every member that the plan lets this stage talk to, by name."""
+    lost_after_s: float = Field(default=20.0, gt=0)
+    """Silence of a peer after which it is lost."""
+    driver_lost_after_s: float = Field(default=60.0, gt=0)
+    """Silence of the driver after which the stage exits."""
+
+    @model_validator(mode="after")
+    def _knows_its_peers(self) -> Self:
+        if self.member not in self.pipeline:
+            raise ValueError(f"{self.member} is no stage of the pipeline {self.pipeline}")
+        missing = {self.driver, *self.pipeline} - {self.member} - set(self.members)
+        if missing:
+            raise ValueError(f"no certificate was given for {', '.join(sorted(missing))}")
+        return self
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this stage owns the rows and the order of frames."""
+        return self.pipeline[0] == self.member
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage samples."""
+        return self.pipeline[-1] == self.member
+
+    @property
+    def next(self) -> str:
+        """The member that this stage sends to; the last stage's is the head."""
+        place = self.pipeline.index(self.member)
+        return self.pipeline[(place + 1) % len(self.pipeline)]
+
+    @property
+    def previous(self) -> str:
+        """The member that this stage receives from; the head's is the last stage."""
+        return self.pipeline[self.pipeline.index(self.member) - 1]
+
+
+class ProbeSpec(_Strict):
+    """What to measure on a node: the job's own layer, at one prefill and one decode shape."""
+
+    model: ModelSpec
+    prefill_tokens: Count = 128
+    decode_rows: Count = 32
+    context_tokens: Count = 128
