@@ -1,0 +1,80 @@
+"""A job file is right as a whole, or refused with the setting's name."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.errors import JobError
+from flows.job import load_job
+
+MINIMAL = """
+name: complete
+model: model
+prompts: {uri: prompts.parquet, prompt_column: prompt}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_relative_paths_count_from_the_job_files_folder(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, MINIMAL + "results: out\n"))
+    assert job.model == str(tmp_path / "model")
+    assert job.prompts.uri == str(tmp_path / "prompts.parquet")
+    assert job.results == str(tmp_path / "out")
+
+
+def test_a_uri_stays_as_it_was_given(tmp_path: Path) -> None:
+    text = MINIMAL.replace("prompts.parquet", "memory://bucket/prompts.parquet")
+    assert load_job(write(tmp_path, text)).prompts.uri == "memory://bucket/prompts.parquet"
+
+
+def test_json_is_a_job_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text('{"name": "a", "model": "m", "prompts": {"uri": "p.jsonl"}}')
+    assert load_job(path).name == "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("name: complete", "name: complete\nmodle: x"), "modle"),
+        (("name: complete", "name: Has Spaces"), "name"),
+        (("name: complete", "name: ../up"), "name"),
+        (("name: complete", "name: a\nname: b"), "given twice"),
+        (("prompt_column: prompt", "prompt_column: a, messages_column: b"), "not both"),
+        (("prompt_column: prompt", "sampling_columns: {max_tokens: n}"), "max_tokens"),
+        (("name: complete", "name: a\nsampling: {temperature: .nan}"), "temperature"),
+        (("name: complete", "name: a\nsampling: {temperature: -1}"), "temperature"),
+        (("name: complete", "name: a\nsampling: {top_p: 0}"), "top_p"),
+        (("name: complete", "name: a\nsampling: {max_new_tokens: -1}"), "max_new_tokens"),
+        (("name: complete", "name: a\nsampling: {max_new_tokens: 1.5}"), "max_new_tokens"),
+        (("name: complete", "name: a\nsampling: {stop: ['']}"), "stop"),
+        (("name: complete", "name: a\nsampling: {seed: 18446744073709551616}"), "seed"),
+        (("name: complete", "name: a\ndtype: int8"), "dtype"),
+        (("name: complete", "- a"), "YAML"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(
+    tmp_path: Path, change: tuple[str, str], named: str
+) -> None:
+    path = write(tmp_path, MINIMAL.replace(*change))
+    with pytest.raises(JobError, match=named) as refusal:
+        load_job(path)
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"\xff\xfe\x00", b"{", b"just words"])
+def test_what_is_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(JobError, match=str(path)):
+        load_job(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="nowhere"):
+        load_job(tmp_path / "nowhere.yaml")
