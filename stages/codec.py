@@ -1,0 +1,245 @@
+"""Activations to frames and back, exact to the bit; no sockets, no torch, no state but the profile.
+
+A frame describes itself: level, dtype, shape, how each byte plane is stored, and a checksum over
+all of it. So frames may be retried, reordered, dropped or sent twice. The one thing that the two
+ends share is a `Profile`, which the sender uses only after the receiver has acknowledged it.
+
+Little-endian, and written so that it is never longer than raw plus its header:
+
+    "WA" | version u8 | level u8 | dtype u8 | dimensions u8 | planes' modes u8 (2 bits each) | 0
+    xxh3-64 u64, over every other byte of the frame
+    dimension u32, each
+    level fast, int8: profile u32 (0: none) | stored length u32, each plane
+    payload: the planes one after the other; level raw: the elements' bytes
+"""
+
+import math
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from xxhash import xxh3_64
+
+from stages import codec_planes as planes
+from stages.codec_planes import Buffer, Bytes, Part
+from stages.codec_profile import Profile
+from stages.errors import FrameError
+
+if sys.byteorder != "little":
+    raise ImportError("activations travel as their little-endian bits; this host is big-endian")
+
+RAW: Final = "raw"
+FAST: Final = "fast"
+LEVELS: Final = (RAW, FAST)
+"""By their number on the wire."""
+
+DTYPES: Final = ("opaque", "float32", "bfloat16", "float16")
+"""By their number on the wire; what is no float travels as opaque bytes, one an element."""
+ITEM_BYTES: Final = {"opaque": 1, "float32": 4, "bfloat16": 2, "float16": 2}
+
+SMALLEST_CODED_BYTES: Final = 2048  # below, a frame is a packet or two however it is coded
+MAX_DIMENSIONS: Final = 8
+MAX_RAW_BYTES: Final = 2**31  # of one frame; stored lengths and dimensions are 32 bits wide
+
+_VERSION: Final = 1
+_START: Final = struct.Struct("<2sBBBBBB")
+_CHECKSUM: Final = struct.Struct("<Q")
+_DIMENSIONS_AT: Final = _START.size + _CHECKSUM.size
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One frame, in parts to be sent in order; they may alias the buffer that was encoded."""
+
+    parts: tuple[Part, ...]
+    level: str
+    """The level in use, which is raw where the one asked for would not have been smaller."""
+    nbytes: int
+
+    def tobytes(self) -> bytes:
+        """The frame in one piece."""
+        return b"".join(self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a frame held; `buffer` is the elements' bytes, writable and its own."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    buffer: Bytes
+    level: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """A frame's own description, checked against the frame's length."""
+
+    level: str
+    dtype: str
+    shape: tuple[int, ...]
+    profile_id: int
+    modes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    payload: memoryview
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def encode(
+    buffer: Buffer,
+    dtype: str,
+    shape: Sequence[int],
+    level: str,
+    profile: Profile | None = None,
+) -> Encoded:
+    """One frame of the elements in `buffer` (C order; copied first if it is not contiguous).
+
+    `level` is a wish: the frame is raw where that is no longer, or below 2 KiB. `profile` must have
+    been acknowledged by the receiver; one learned from another dtype or width is left unused.
+    ValueError where buffer, dtype and shape disagree.
+    """
+    elements = _contiguous_bytes(buffer)
+    _check_input(elements.size, dtype, shape, level)
+    if level != RAW and elements.size >= SMALLEST_CODED_BYTES:
+        coded = _encode_planes(elements, dtype, tuple(shape), profile)
+        if coded is not None:
+            return coded
+    return _sealed(RAW, dtype, shape, (), b"", (elements.data,))
+
+
+def decode(
+    frame: bytes | bytearray | memoryview,
+    *,
+    max_bytes: int,
+    profiles: Mapping[int, Profile] | None = None,
+) -> Decoded:
+    """What one whole frame holds; nothing above `max_bytes` of elements is ever allocated.
+
+    FrameError for anything else: torn, longer than it says, flipped, a level or dtype of a later
+    version, a profile that was never announced, a claim above `max_bytes`.
+    """
+    header = _opened(memoryview(frame).cast("B"), max_bytes)
+    itemsize = ITEM_BYTES[header.dtype]
+    if header.level == RAW:
+        elements = np.frombuffer(header.payload, np.uint8).copy()
+    else:
+        elements = planes.merge(_unpacked(header, profiles or {}), itemsize)
+    return Decoded(header.dtype, header.shape, elements, header.level)
+
+
+def _contiguous_bytes(buffer: Buffer) -> Bytes:
+    array = buffer if isinstance(buffer, np.ndarray) else np.asarray(memoryview(buffer))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _check_input(size: int, dtype: str, shape: Sequence[int], level: str) -> None:
+    if dtype not in ITEM_BYTES or level not in LEVELS:
+        raise ValueError(f"no such dtype or level: {dtype}, {level}")
+    if len(shape) > MAX_DIMENSIONS or size > MAX_RAW_BYTES:
+        raise ValueError(f"{size} bytes of shape {tuple(shape)} are too much for one frame")
+    if min(shape, default=0) < 0 or math.prod(shape) * ITEM_BYTES[dtype] != size:
+        raise ValueError(f"{size} bytes are not {dtype} of shape {tuple(shape)}")
+
+
+def _encode_planes(
+    elements: Bytes, dtype: str, shape: tuple[int, ...], profile: Profile | None
+) -> Encoded | None:
+    """The frame of coded planes, or None where raw is no longer."""
+    split = planes.split(elements, ITEM_BYTES[dtype])
+    fits = profile is not None and profile.fits(dtype, shape)
+    if fits:
+        assert profile is not None
+        split[0] = profile.centred(split[0])
+    packed = [
+        planes.pack(plane, leading=i == 0, general=dtype == "opaque")
+        for i, plane in enumerate(split)
+    ]
+    profile_id = profile.id if fits and profile is not None else 0
+    lengths = [len(stored) for _, stored in packed]
+    table = struct.pack(f"<{1 + len(lengths)}I", profile_id, *lengths)
+    if sum(lengths) + len(table) >= elements.size:
+        return None
+    modes = [mode for mode, _ in packed]
+    return _sealed(FAST, dtype, shape, modes, table, [stored for _, stored in packed])
+
+
+def _sealed(
+    level: str,
+    dtype: str,
+    shape: Sequence[int],
+    modes: Sequence[int],
+    table: bytes,
+    payload: Sequence[Part],
+) -> Encoded:
+    """The frame of these parts, its checksum in place."""
+    packed_modes = sum(mode << 2 * i for i, mode in enumerate(modes))
+    start = _START.pack(
+        b"WA", _VERSION, LEVELS.index(level), DTYPES.index(dtype), len(shape), packed_modes, 0
+    )
+    rest = struct.pack(f"<{len(shape)}I", *shape) + table
+    checksum = xxh3_64(start)
+    checksum.update(rest)
+    for part in payload:
+        checksum.update(part)
+    header = start + _CHECKSUM.pack(checksum.intdigest()) + rest
+    nbytes = len(header) + sum(len(part) for part in payload)
+    return Encoded((header, *payload), level, nbytes)
+
+
+def _opened(frame: memoryview, max_bytes: int) -> _Header:
+    """The frame's header, once its checksum, names, bounds and lengths have been found right."""
+    if len(frame) < _DIMENSIONS_AT:
+        raise FrameError(f"{len(frame)} bytes are too few for a frame")
+    magic, version, level, dtype, ndim, modes, zero = _START.unpack_from(frame)
+    if magic != b"WA" or version != _VERSION:
+        raise FrameError(f"not a frame of version {_VERSION}: starts with {bytes(frame[:3])!r}")
+    if level >= len(LEVELS) or dtype >= len(DTYPES) or ndim > MAX_DIMENSIONS or zero:
+        raise FrameError(f"no such frame: level {level}, dtype {dtype}, {ndim} dimensions")
+    checksum = xxh3_64(frame[: _START.size])
+    checksum.update(frame[_DIMENSIONS_AT:])
+    if checksum.intdigest() != _CHECKSUM.unpack_from(frame, _START.size)[0]:
+        raise FrameError(f"the checksum of a frame of {len(frame)} bytes does not match")
+    return _described(frame, LEVELS[level], DTYPES[dtype], ndim, modes, max_bytes)
+
+
+def _described(
+    frame: memoryview, level: str, dtype: str, ndim: int, modes: int, max_bytes: int
+) -> _Header:
+    """The header's variable part; the checksum stands, so a lie here is a lie of the sender."""
+    count = 0 if level == RAW else ITEM_BYTES[dtype]
+    table_at = _DIMENSIONS_AT + 4 * ndim
+    payload_at = table_at + (4 * (1 + count) if count else 0)
+    if len(frame) < payload_at:
+        raise FrameError(f"a frame of {len(frame)} bytes ends inside its header")
+    shape = struct.unpack_from(f"<{ndim}I", frame, _DIMENSIONS_AT)
+    size = math.prod(shape) * ITEM_BYTES[dtype]
+    if size > max_bytes:
+        raise FrameError(f"a frame claims {size} bytes, above the limit of {max_bytes}")
+    profile_id, *lengths = struct.unpack_from(f"<{1 + count}I", frame, table_at) if count else (0,)
+    stored = sum(lengths) if count else size
+    if stored != len(frame) - payload_at or modes >> 2 * count:
+        raise FrameError(f"{len(frame) - payload_at} bytes of payload where {stored} are named")
+    each = tuple(modes >> 2 * i & 3 for i in range(count))
+    return _Header(level, dtype, shape, profile_id, each, tuple(lengths), frame[payload_at:])
+
+
+def _unpacked(header: _Header, profiles: Mapping[int, Profile]) -> list[Bytes]:
+    """The frame's planes, the first one with the profile's bases put back."""
+    unpacked = []
+    at = 0
+    for mode, length in zip(header.modes, header.lengths, strict=True):
+        stored = header.payload[at : at + length]
+        unpacked.append(planes.unpack(mode, stored, header.elements))
+        at += length
+    if header.profile_id:
+        profile = profiles.get(header.profile_id)
+        if profile is None or not profile.fits(header.dtype, header.shape):
+            raise FrameError(f"no fitting profile {header.profile_id:#010x} was announced")
+        unpacked[0] = profile.restored(unpacked[0])
+    return unpacked
