@@ -1,0 +1,235 @@
+"""A model folder's weights: which file holds which tensor, and how they come into a model.
+
+safetensors only, no pickle; a tensor is read when, and only if, a shard needs it, and the memory it
+is read into is the shard's own.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from stages.architecture import Model
+from stages.errors import CheckpointError, UnsupportedModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+"""Stored types that can be read; others (8 bits and fewer) are quantized weights."""
+TEXT_OF_COMPOSITE = {r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+"""How a composite's checkpoint names its text model."""
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")
+"""What a composite's checkpoint holds besides; may stand behind `model.`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint, not yet read."""
+
+    name: str
+    path: Path
+    file: Any
+
+    def __getitem__(self, _all: EllipsisType) -> Tensor:
+        """Read it whole; CheckpointError if the file's bytes do not allow it."""
+        try:
+            stored = self.file.get_slice(self.name)
+            if stored.get_dtype() not in DTYPES:
+                raise UnsupportedModelError(
+                    f"{self.path}: tensor {self.name} is {stored.get_dtype()}; "
+                    "quantized weights are not supported"
+                )
+            return self.file.get_tensor(self.name)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: tensor {self.name}: {error}") from error
+
+
+class Checkpoint:
+    """The safetensors files of a folder; a file is opened when a tensor of it is first asked for.
+
+    Raises CheckpointError, with the file, for pickled weights, a torn file or a wrong index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._file_of = dict(self._listing())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, whichever shard needs them."""
+        return tuple(self._file_of)
+
+    def tensor(self, name: str) -> StoredTensor:
+        """The tensor of that name, unread; CheckpointError if its file is missing or lacks it."""
+        file_name = self._file_of[name]
+        file = self._open(file_name)
+        if name not in file.keys():  # noqa: SIM118 - the file is no dict
+            raise CheckpointError(f"{self.folder / file_name}: the index promises tensor {name}")
+        return StoredTensor(name, self.folder / file_name, file)
+
+    def floating_dtype(self) -> torch.dtype:
+        """The type in which the first floating tensor is stored."""
+        for name, file_name in self._file_of.items():
+            dtype = DTYPES.get(self._open(file_name).get_slice(name).get_dtype())
+            if dtype is not None and dtype.is_floating_point:
+                return dtype
+        raise CheckpointError(f"{self.folder}: no tensor is of a floating-point type")
+
+    def _listing(self) -> Iterator[tuple[str, str]]:
+        if (self.folder / INDEX).is_file():
+            yield from _read_index(self.folder / INDEX).items()
+        elif (self.folder / SINGLE).is_file():
+            yield from ((name, SINGLE) for name in self._open(SINGLE).keys())  # noqa: SIM118
+        else:
+            pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+            what = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+            raise CheckpointError(f"{self.folder}: {what}; needed: {SINGLE} or {INDEX}")
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._files:
+            path = self.folder / file_name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: the index names this file, but it is missing")
+            try:
+                # Read, not mapped: the weights stay right if the file is replaced under a worker.
+                self._files[file_name] = safe_open(path, framework="pt", backend="pread")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
+        return self._files[file_name]
+
+
+def fill(
+    model: Model,
+    whole: dict[str, Tensor],
+    checkpoint: Checkpoint,
+    device: torch.device,
+) -> None:
+    """Give a model on the meta device its weights, converted as its family asks for.
+
+    `whole` is the state dict of the uncut model, by which a tensor of another stage is told from a
+    tensor that belongs nowhere. Afterwards nothing is on meta and nothing is random. Raises
+    CheckpointError for a missing, misplaced or misshapen tensor.
+    """
+    dtype = model.dtype
+    wanted = _wanted(model, whole, checkpoint)
+    silence: Any = logging.disable_progress_bar
+    silence()
+    found, _ = convert_and_load_state_dict_in_model(
+        model,
+        {name: checkpoint.tensor(name) for name in wanted},
+        LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            device_map={"": device},
+            weight_mapping=_conversions(model),
+        ),
+    )
+    for name, reason in found.conversion_errors.items():
+        raise CheckpointError(f"{checkpoint.folder}: tensor {name} cannot be converted: {reason}")
+    for name, stored, expected in sorted(found.mismatched_keys):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {name} is {list(stored)}, "
+            f"the config asks for {list(expected)}"
+        )
+    model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    if found.missing_keys:
+        some = ", ".join(sorted(found.missing_keys)[:3])
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(found.missing_keys)} tensors are missing, among them {some}"
+        )
+    _rebuild_buffers(model, device)
+
+
+def _wanted(model: Model, whole: dict[str, Tensor], checkpoint: Checkpoint) -> list[str]:
+    """Names of the stored tensors that this model needs; CheckpointError for one nobody needs."""
+    transforms = _conversions(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    own = model.state_dict()
+    wanted = []
+    for name in sorted(checkpoint.names):
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, whole)
+        if target in own:
+            wanted.append(name)
+        elif target not in whole and not _may_be_ignored(model, name, target):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {name} belongs to no part of {type(model).__name__}"
+            )
+    return wanted
+
+
+def _conversions(model: Model) -> list[Any]:
+    """transformers' own renamings and conversions; fresh at each call, as some keep a state."""
+    return get_model_conversion_mapping(model, key_mapping=TEXT_OF_COMPOSITE)
+
+
+def _may_be_ignored(model: Model, name: str, target: str) -> bool:
+    if name.removeprefix("model.").startswith(OTHER_PARTS) or "rotary_emb.inv_freq" in name:
+        return True
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, target) for pattern in patterns)
+
+
+def _rebuild_buffers(model: Model, device: torch.device) -> None:
+    """Compute what no checkpoint stores (rotary frequencies, scales) by the family's own code.
+
+    Each such buffer is poisoned first, so that one which that code leaves out is found.
+    """
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        poisoned = torch.full_like(buffer, _poison(buffer.dtype), device=device)
+        model.get_submodule(owner)._buffers[attribute] = poisoned
+    model.initialize_weights()
+    for name, buffer in model.named_non_persistent_buffers():
+        left = buffer.isnan() if buffer.is_floating_point() else buffer == _poison(buffer.dtype)
+        if bool(left.any()):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: buffer {name} is in no checkpoint, and not rebuilt"
+            )
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        assert tensor.device.type != "meta", f"{name} was neither loaded nor rebuilt"
+
+
+def _poison(dtype: torch.dtype) -> float | int:
+    """A value that no rebuilt buffer holds; for bool there is none, and so True is never kept."""
+    if dtype == torch.bool:
+        return True
+    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor names to file names; CheckpointError unless each file is one of this folder."""
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not an index of safetensors files: {error!r}") from error
+    for file in files.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {file!r} is not a safetensors file of this folder")
+    return files

@@ -1,0 +1,228 @@
+"""A range of a model's layers, loaded and ready to compute steps; sockets are unknown here."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from planner.schedule import Span, Step
+from stages.architecture import Model, body_of, cut, read_config, whole_model
+from stages.attention import ROUND_TOKENS, Probe, Seat, StepAttention, rounded
+from stages.checkpoint import Checkpoint, fill
+from stages.errors import NumericError, ProtocolError, UnsupportedModelError
+from stages.kv_cache import KvCache, LayerKv
+
+COMPUTE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """Which layers [first_layer, end_layer) of which model folder, computed in what, and where."""
+
+    model: Path
+    first_layer: int
+    end_layer: int
+    dtype: str
+    """One of COMPUTE_DTYPES, to which stored weights are cast; or auto: as the checkpoint says."""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """What others must know of a shard."""
+
+    first_layer: int
+    end_layer: int
+    model_layers: int
+    hidden: int
+    vocab: int
+    dtype: torch.dtype
+    device: torch.device
+    kv: tuple[LayerKv, ...]
+    """The keys and values of each of its layers."""
+    weight_bytes: int
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one position takes, over the shard's layers."""
+        return sum(layer.bytes_per_token(self.dtype.itemsize) for layer in self.kv)
+
+
+class Shard:
+    """The layers of one stage: `transformers`' own modules, attention through the stage's KV cache.
+
+    Owned by one thread: a step in progress sits on the modules.
+    """
+
+    def __init__(self, model: Model, seat: Seat, facts: ShardFacts) -> None:
+        self._model = model
+        self._body = body_of(model)
+        self._seat = seat
+        self.facts = facts
+
+    @classmethod
+    def load(cls, spec: ShardSpec) -> "Shard":
+        """Build the shard's modules and read its weights, and no others.
+
+        Raises CheckpointError where the folder is at fault, UnsupportedModelError where we would
+        have to guess how the model computes.
+        """
+        checkpoint, config = Checkpoint(spec.model), read_config(spec.model)
+        device = torch.device(spec.device)
+        model = whole_model(config, _dtype(spec.dtype, config, checkpoint))
+        whole = dict(model.state_dict())
+        cut(model, spec.first_layer, spec.end_layer)
+        fill(model, whole, checkpoint, device)
+        model.eval().requires_grad_(False)
+        seat = Seat()
+        for layer in body_of(model).layers[spec.first_layer : spec.end_layer]:
+            seat.put_on(layer)
+        return cls(model, seat, _facts(model, seat, spec))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it turns token ids into hidden states."""
+        return self.facts.first_layer == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it turns hidden states into logits."""
+        return self.facts.end_layer == self.facts.model_layers
+
+    def new_cache(self, blocks: int, block_tokens: int) -> KvCache:
+        """An empty KV cache for this shard's layers."""
+        facts = self.facts
+        return KvCache(facts.kv, blocks, block_tokens, facts.dtype, facts.device)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states [T, hidden] of token ids [T]; of the first stage only."""
+        assert self.is_first, "only the first stage holds the embedding"
+        if (
+            len(token_ids)
+            and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.facts.vocab
+        ):
+            raise ProtocolError(f"a token id is not below the vocabulary's {self.facts.vocab}")
+        embedded: Tensor = self._model.get_input_embeddings()(token_ids.to(self.facts.device)[None])
+        return embedded[0]
+
+    @torch.inference_mode()
+    def forward(self, step: Step, hidden: Tensor, kv: KvCache) -> Tensor:
+        """The step's spans through these layers; the cache must have applied the step.
+
+        `hidden` is [T, hidden], the spans' positions concatenated. The last stage answers logits
+        [samples, vocab], a row for each span that samples, in their order; others [T, hidden].
+        Raises ProtocolError for hidden states that do not fit the step, NumericError, with the
+        layers and the sequence, for a NaN or an infinity.
+        """
+        self._require_fit(step, hidden)
+        padding = rounded(step.tokens) - step.tokens
+        states = F.pad(hidden.to(self.facts.device, self.facts.dtype), (0, 0, 0, padding))[None]
+        positions = F.pad(_positions(step.spans), (0, padding)).to(self.facts.device)[None]
+        with self._seat.taken_by(StepAttention(step, kv, self.facts.dtype)):
+            if self.is_last:
+                return self._logits(step, states, positions)
+            answer = self._layers(states, positions)[: step.tokens]
+        self._require_finite(answer, step, [span.tokens for span in step.spans])
+        return answer
+
+    def _layers(self, states: Tensor, positions: Tensor) -> Tensor:
+        answer = self._body(inputs_embeds=states, position_ids=positions, use_cache=False)
+        hidden: Tensor = answer.last_hidden_state
+        return hidden[0]
+
+    def _logits(self, step: Step, states: Tensor, positions: Tensor) -> Tensor:
+        ends = accumulate(span.tokens for span in step.spans)
+        places = [end - 1 for end, span in zip(ends, step.spans, strict=True) if span.samples]
+        if not places:
+            self._layers(states, positions)
+            return states.new_empty(0, self.facts.vocab)
+        padding = rounded(len(places)) - len(places)
+        kept = torch.tensor(places + [0] * padding, device=self.facts.device)
+        answer = self._model(
+            inputs_embeds=states, position_ids=positions, use_cache=False, logits_to_keep=kept
+        )
+        logits: Tensor = answer.logits[0, : len(places)]
+        self._require_finite(logits, step, [int(span.samples) for span in step.spans])
+        return logits
+
+    def _require_fit(self, step: Step, hidden: Tensor) -> None:
+        if not step.spans or hidden.shape != (step.tokens, self.facts.hidden):
+            raise ProtocolError(
+                f"frame {step.frame}: hidden states {list(hidden.shape)} for {step.tokens} "
+                f"positions of {self.facts.hidden}"
+            )
+
+    def _require_finite(self, answer: Tensor, step: Step, rows: list[int]) -> None:
+        """NumericError unless all is finite; `rows` says how many rows of it each span has."""
+        low, high = answer.aminmax()
+        if math.isfinite(low) and math.isfinite(high):
+            return
+        bad = int((~answer.isfinite()).any(-1).nonzero()[0])
+        ends = accumulate(rows)
+        sequence = next(s.sequence for s, end in zip(step.spans, ends, strict=True) if bad < end)
+        raise NumericError(
+            f"layers {self.facts.first_layer}-{self.facts.end_layer} made a NaN or an infinity for "
+            f"sequence {sequence} in frame {step.frame} ({self.facts.dtype})"
+        )
+
+
+def _positions(spans: Sequence[Span]) -> Tensor:
+    """Every position that the spans compute, concatenated, int64."""
+    return torch.tensor([p for span in spans for p in range(span.start, span.start + span.tokens)])
+
+
+def _dtype(name: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    if name != "auto":
+        return COMPUTE_DTYPES[name]
+    stored = config.dtype or checkpoint.floating_dtype()
+    if not isinstance(stored, torch.dtype) or stored not in COMPUTE_DTYPES.values():
+        raise UnsupportedModelError(f"{checkpoint.folder}: cannot compute in {stored}")
+    return stored
+
+
+def _facts(model: Model, seat: Seat, spec: ShardSpec) -> ShardFacts:
+    """What the loaded model says of itself, and a step over nothing says of its attention."""
+    config = model.config
+    weights = {id(tensor): tensor.nbytes for tensor in model.parameters()}
+    return ShardFacts(
+        first_layer=spec.first_layer,
+        end_layer=spec.end_layer,
+        model_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        dtype=model.dtype,
+        device=torch.device(spec.device),
+        kv=_probed(model, seat, spec),
+        weight_bytes=sum(weights.values()),
+    )
+
+
+@torch.inference_mode()
+def _probed(model: Model, seat: Seat, spec: ShardSpec) -> tuple[LayerKv, ...]:
+    """The shape of each layer's keys and values; UnsupportedModelError unless it attends once."""
+    probe, device = Probe(), torch.device(spec.device)
+    states = torch.zeros(
+        1, ROUND_TOKENS, model.config.hidden_size, dtype=model.dtype, device=device
+    )
+    positions = torch.arange(ROUND_TOKENS, device=device)[None]
+    with seat.taken_by(probe):
+        body_of(model)(inputs_embeds=states, position_ids=positions, use_cache=False)
+    asked = [call.layer for call in probe.calls]
+    for layer in range(spec.first_layer, spec.end_layer):
+        if asked.count(layer) != 1:
+            kind = type(body_of(model).layers[layer]).__name__
+            raise UnsupportedModelError(
+                f"layer {layer} ({kind}) asked for attention {asked.count(layer)} times, not once"
+            )
+    return tuple(probe.calls)

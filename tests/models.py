@@ -1,0 +1,102 @@
+"""Tiny random models for tests, written to a folder as a user would have them.
+
+Weights are spread wider than a fresh initialisation, so that every flag and every bias matters.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from stages.architecture import Model
+from stages.selfcheck import randomise
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "tie_word_embeddings": False,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma3": (
+        "gemma3_text",
+        {"sliding_window": 24, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    ),
+}
+"""Family to transformers' model type and what it needs beside SMALL."""
+SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>")
+"""Ids 256 and up; a byte's id is itself."""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_random_model(
+    folder: Path,
+    family: str,
+    seed: int,
+    *,
+    stored: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **config: Any,
+) -> Model:
+    """Write a random model of the family and a byte tokenizer; the model comes back, for reference.
+
+    `config` overrides SMALL; a small `max_shard_size` ("100KB") splits it into several files.
+    """
+    model = random_model(family, seed, **config).to(stored)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+def random_model(family: str, seed: int, **config: Any) -> Model:
+    """A random model in float32 and evaluation mode."""
+    model_type, own = FAMILIES.get(family, (family, {}))
+    settings: PretrainedConfig = AutoConfig.for_model(model_type, **{**SMALL, **own, **config})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        build: Any = AutoModelForCausalLM.from_config
+        model: Model = build(settings, dtype=torch.float32)
+        randomise(model)
+    return model.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids are bytes, with a beginning, an end and a chat template."""
+    alphabet = _byte_letters()
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    wrap: Any = PreTrainedTokenizerFast
+    wrapped: PreTrainedTokenizerFast = wrap(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level pre-tokenization uses for each byte, by byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
