@@ -1,0 +1,305 @@
+"""
+What is said once in a while: greetings, plans, leases, answers, failures; JSON, by pydantic.
+
+A control message travels as the payload of a frame of its kind, so it shares the ring's checks of
+length and sum. Sizes are bounded before the JSON is parsed; a field too many is an error.
+"""
+
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from stages.errors import FrameError
+from stages.frame import MAX_ROWS, Frame, Kind, Label, Packet, run_number, seal
+from stages.identity import NAME_PATTERN
+from stages.wire import MAX_POSITION, SampleFrame, StepFrame
+
+MAX_TEXT_CHARS = 4000  # of an error's message; the rest is cut, for the crash path must not crash
+MAX_ROW_TOKENS = 2**22
+MAX_STOPS = 64
+MAX_MEMBERS = 1024
+
+
+def _bounded(text: object) -> object:
+    """An error's text, cut to size and made writable as UTF-8."""
+    if not isinstance(text, str):
+        return text
+    return text[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode()
+
+
+Name: TypeAlias = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
+Short: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+StopText: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+Text: TypeAlias = Annotated[str, BeforeValidator(_bounded)]
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Word: TypeAlias = Annotated[int, Field(ge=0, lt=2**64)]
+Sequence: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
+Epoch: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
+Port: TypeAlias = Annotated[int, Field(ge=0, lt=2**16)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0)]
+Token: TypeAlias = Annotated[int, Field(ge=0, le=MAX_POSITION)]
+Tokens: TypeAlias = Annotated[tuple[Token, ...], Field(max_length=MAX_ROW_TOKENS)]
+
+
+class _Record(BaseModel):
+    """Frozen, strict, and without room for what nobody declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Message(_Record):
+    """A record that is a frame of its own."""
+
+    kind: ClassVar[Kind]
+
+    def encode(self, run: int, epoch: int = 0) -> Packet:
+        """The message's frame; raises FrameError when it is over its kind's size."""
+        return seal(self._label(run, epoch), b"", self.model_dump_json().encode())
+
+    def _label(self, run: int, epoch: int) -> Label:
+        return Label(self.kind, run, epoch)
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Self:
+        """The message of a frame of this kind; raises FrameError where the JSON is not one."""
+        if frame.label.kind is not cls.kind:
+            raise FrameError(f"a {frame.label.kind.name} frame came in place of {cls.kind.name}")
+        try:
+            message = cls.model_validate_json(bytes(frame.payload))
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_input=False, include_context=False)
+            places = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in faults[:3])
+            raise FrameError(f"not a {cls.__name__} message: {places}") from error
+        message.check_label(frame.label)
+        return message
+
+    def check_label(self, label: Label) -> None:
+        """Raise FrameError where the frame's label contradicts the message."""
+
+
+class Hello(_Message):
+    """Who dials: sent first, and answered by Welcome or Refused before anything else is sent."""
+
+    kind = Kind.HELLO
+    name: Name
+    run: Short
+    epoch: Epoch
+    incarnation: Word
+    """Random, drawn when the process starts: the same one still holds its KV cache."""
+    last_frame: int = Field(default=-1, ge=-1, lt=2**63)
+    """Number of the last frame received; -1 before the first."""
+    purpose: Literal["data", "control"]
+    host: str = Field(default="", max_length=255)
+    """Where this process listens, for the plan; empty if nowhere."""
+    port: Port = 0
+
+    def greeting(self) -> Packet:
+        """The frame of this hello, bearing its own run and epoch."""
+        return self.encode(run_number(self.run), self.epoch)
+
+    def check_label(self, label: Label) -> None:
+        if (label.run, label.epoch) != (run_number(self.run), self.epoch):
+            raise FrameError(f"the hello of {self.name} contradicts its own frame")
+
+
+class Welcome(Hello):
+    """The listener's hello back: the dialer may send."""
+
+    kind = Kind.WELCOME
+
+
+class Refused(_Message):
+    """The listener's no. `epoch` is the plan that the listener knows."""
+
+    kind = Kind.REFUSED
+    reason: Text
+    cause: Literal["name", "run", "epoch"]
+    epoch: Epoch
+
+
+class Peer(_Record):
+    """A member of the plan and where it listens."""
+
+    name: Name
+    host: str = Field(min_length=1, max_length=255)
+    port: Port
+    certificate: str = Field(min_length=1, max_length=8192)
+    """PEM; its sha256 is the pin of that name."""
+
+
+class Topology(_Message):
+    """The plan in force, as far as links go: the stages in ring order, the head first."""
+
+    kind = Kind.TOPOLOGY
+    epoch: Epoch
+    peers: tuple[Peer, ...] = Field(max_length=MAX_MEMBERS)
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        if len({peer.name for peer in self.peers}) < len(self.peers):
+            raise ValueError("a name occurs twice")
+        return self
+
+
+class Ready(_Message):
+    """A stage has its weights, its links of that epoch, and room for so many tokens."""
+
+    kind = Kind.READY
+    epoch: Epoch
+    kv_capacity_tokens: Count
+    load_s: Seconds
+    rss_bytes: Count
+
+
+class LinkReport(_Record):
+    """What one connection has carried so far, as its owner counts it."""
+
+    peer: Name
+    purpose: Literal["data", "control"]
+    congestion_control: str = Field(max_length=32)
+    frames_sent: Count
+    frames_received: Count
+    payload_bytes_sent: Count
+    payload_bytes_received: Count
+    tls_bytes_sent: Count
+    """Plain bytes handed to TLS: prefixes, headers and payloads."""
+    tls_bytes_received: Count
+    blocked_s: Seconds
+    """Seconds in which there was something to send and the connection took nothing."""
+
+
+class Heartbeat(_Message):
+    """A stage's counters since it started; that it comes at all is the news."""
+
+    kind = Kind.HEARTBEAT
+    frames: Count = 0
+    tokens: Count = 0
+    busy_s: Seconds = 0.0
+    rss_bytes: Count = 0
+    links: tuple[LinkReport, ...] = Field(default=(), max_length=MAX_MEMBERS)
+
+
+class LeasedRow(_Record):
+    """One prompt to answer, as token ids, and how to sample it."""
+
+    row: Count
+    key: Word
+    seed: Word
+    token_ids: Tokens
+    max_new_tokens: Count
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0, lt=2**32)
+    stop: tuple[StopText, ...] = Field(default=(), max_length=MAX_STOPS)
+
+
+class Rows(_Message):
+    """The driver hands the head a lease of rows."""
+
+    kind = Kind.ROWS
+    lease: Short
+    rows: tuple[LeasedRow, ...]
+
+
+class Answer(_Record):
+    """How one row ended: an answer, or a typed error with its reason."""
+
+    row: Count
+    output_ids: Tokens
+    text: str
+    finish_reason: Literal["stop", "length", "error"]
+    error_type: Short | None = None
+    error_message: Text | None = None
+    prompt_tokens: Count
+    output_tokens: Count
+    queued_s: Seconds
+    prefill_s: Seconds
+    decode_s: Seconds
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if (self.finish_reason == "error") != (self.error_type is not None):
+            raise ValueError("an error has a type, and an answer has none")
+        if self.output_tokens != len(self.output_ids):
+            raise ValueError("output_tokens does not count output_ids")
+        return self
+
+
+class Answers(_Message):
+    """Rows that ended, from the head to the driver."""
+
+    kind = Kind.ANSWERS
+    answers: tuple[Answer, ...]
+
+
+class Drain(_Message):
+    """Finish what is in flight and take no new rows."""
+
+    kind = Kind.DRAIN
+
+
+class Stop(_Message):
+    """End the process in good order."""
+
+    kind = Kind.STOP
+    reason: Text = ""
+
+
+class StageFailed(_Message):
+    """A stage cannot go on; said to the driver with the last breath."""
+
+    kind = Kind.STAGE_FAILED
+    node: Name
+    error_type: Short
+    message: Text
+
+
+class StepFailed(_Message):
+    """A step failed; it goes round the ring in the step's place, so that order holds."""
+
+    kind = Kind.STEP_FAILED
+    epoch: Epoch
+    frame: Count
+    slot: int = Field(ge=0, lt=2**16)
+    sequences: tuple[Sequence, ...] = Field(max_length=MAX_ROWS)
+    error_type: Short
+    message: Text
+
+    def _label(self, run: int, epoch: int) -> Label:
+        return Label(self.kind, run, self.epoch, self.slot, self.frame)
+
+    def check_label(self, label: Label) -> None:
+        if (label.epoch, label.slot, label.frame) != (self.epoch, self.slot, self.frame):
+            raise FrameError(f"the failure of frame {self.frame} contradicts its own label")
+
+
+ControlMessage: TypeAlias = (
+    Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | Answers | Drain | Stop
+    | StageFailed | StepFailed
+)  # fmt: skip
+Message: TypeAlias = StepFrame | SampleFrame | ControlMessage
+
+_BY_KIND: dict[Kind, type[Message]] = {
+    Kind.STEP: StepFrame,
+    Kind.SAMPLES: SampleFrame,
+    **{
+        message.kind: message
+        for message in (
+            Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, Answers, Drain, Stop,
+            StageFailed, StepFailed,
+        )
+    },
+}  # fmt: skip
+
+
+def decode(frame: Frame) -> Message:
+    """The message that a frame carries; raises FrameError where header or payload is not one."""
+    return _BY_KIND[frame.label.kind].decode(frame)

@@ -1,0 +1,270 @@
+"""
+A TLS connection between two members of a plan; knows frames, but not what they mean.
+
+Each end proves the key of the certificate that the plan lists under its name; `greeting` makes
+connections, this module uses them.
+
+OpenSSL forbids two threads on one TLS object: a connection notices and raises. Other threads may
+only call `close`, which touches the TCP socket alone; the using thread frees the rest.
+"""
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from stages.control import Hello, LinkReport
+from stages.errors import (
+    LinkError,
+    LinkTimeoutError,
+    PeerClosedError,
+    PeerRefusedError,
+)
+from stages.frame import (
+    CONTROL_KINDS,
+    RING_KINDS,
+    Frame,
+    FrameReader,
+    Packet,
+    check_place,
+    run_number,
+)
+from stages.identity import Identity, Member, pin
+
+Purpose: TypeAlias = Literal["data", "control"]
+
+RECORD_BYTES = 16 * 2**10  # the most that TLS seals at once
+SILENCE_MS = 60_000  # unacknowledged bytes end a connection after this; heartbeats judge sooner
+_TCP_OPTIONS = (
+    ("TCP_NODELAY", 1),
+    ("TCP_KEEPIDLE", 10),
+    ("TCP_KEEPINTVL", 10),
+    ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", SILENCE_MS),
+)
+
+
+class Trust:
+    """The plan's members, and TLS contexts that believe nobody else."""
+
+    def __init__(self, identity: Identity, members: Iterable[Member]) -> None:
+        self._members = tuple(members)
+        self._names = {member.pin: member.name for member in self._members}
+        if len(self._names) < len(self._members):
+            raise PeerRefusedError("the plan lists one certificate under two names")
+        self.server = self._context(ssl.PROTOCOL_TLS_SERVER, identity)
+        self.server.num_tickets = 0  # no resumption: every connection proves its key
+        self.client = self._context(ssl.PROTOCOL_TLS_CLIENT, identity)
+
+    def name_of(self, tls: ssl.SSLSocket) -> str:
+        """The member whose certificate the peer proved; PeerRefusedError if it is nobody's."""
+        certificate = tls.getpeercert(binary_form=True)
+        name = self._names.get(pin(certificate)) if certificate else None
+        if name is None:
+            raise PeerRefusedError("the peer's certificate is in no place of the plan")
+        return name
+
+    def _context(self, protocol: int, identity: Identity) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+        context.check_hostname = False  # names are the plan's, and pins say who bears them
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(identity.certificate_path, identity.key_path)
+        if self._members:
+            context.load_verify_locations(
+                cadata="\n".join(m.certificate_pem for m in self._members)
+            )
+        return context
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a connection has carried; written by the thread that uses it."""
+
+    frames_sent: int = 0
+    frames_received: int = 0
+    payload_bytes_sent: int = 0
+    payload_bytes_received: int = 0
+    tls_bytes_sent: int = 0
+    tls_bytes_received: int = 0
+    blocked_s: float = 0.0
+
+
+class Connection:
+    """One TLS connection to a peer whose name, run and epoch were checked; used by one thread."""
+
+    def __init__(self, tls: ssl.SSLSocket, hello: Hello, purpose: Purpose) -> None:
+        self.peer = hello.name
+        self.hello = hello
+        """The peer's greeting."""
+        self.purpose: Purpose = purpose
+        self.counters = Counters()
+        self.congestion_control = _congestion_control(tls)
+        self._tls = tls
+        self.run = run_number(hello.run)
+        """The number under which frames of this run travel."""
+        self._epoch = hello.epoch if purpose == "data" else None
+        self._reader = FrameReader(RING_KINDS if purpose == "data" else CONTROL_KINDS)
+        self._use = threading.Lock()
+        self._closing = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether this end closed the connection."""
+        return self._closing
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for select."""
+        return self._tls.fileno()
+
+    def report(self) -> LinkReport:
+        """The counters so far, as a value."""
+        c = self.counters
+        return LinkReport(
+            peer=self.peer,
+            purpose=self.purpose,
+            congestion_control=self.congestion_control,
+            frames_sent=c.frames_sent,
+            frames_received=c.frames_received,
+            payload_bytes_sent=c.payload_bytes_sent,
+            payload_bytes_received=c.payload_bytes_received,
+            tls_bytes_sent=c.tls_bytes_sent,
+            tls_bytes_received=c.tls_bytes_received,
+            blocked_s=c.blocked_s,
+        )
+
+    def send(self, packet: Packet) -> None:
+        """Send one frame whole; blocks while the peer takes nothing, raises LinkError."""
+        with self._sole_use():
+            started_s, worked_s = time.perf_counter(), time.thread_time()
+            for piece in pieces(packet):
+                self._tls.sendall(piece)
+            waited_s = (time.perf_counter() - started_s) - (time.thread_time() - worked_s)
+            self.counters.blocked_s += max(0.0, waited_s)
+            self.note_sent(packet)
+
+    def receive(self) -> Frame:
+        """The next frame; raises PeerClosedError at the end, ProtocolError for what is no frame."""
+        with self._sole_use():
+            frame = None
+            while frame is None:
+                frame = self._advance(self._tls.recv_into(self._reader.buffer()))
+            return frame
+
+    @contextlib.contextmanager
+    def unblocked(self) -> Iterator[None]:
+        """Hold the connection for one thread's select loop, with reads and writes that return."""
+        with self._sole_use():
+            self._tls.setblocking(False)
+            yield
+
+    def read_ready(self, limit_bytes: int = 2**20) -> Frame | None:
+        """The frame that bytes at hand complete, if they do; only inside `unblocked`."""
+        stop_at = self.counters.tls_bytes_received + limit_bytes
+        frame = None
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            while frame is None and self.counters.tls_bytes_received < stop_at:
+                frame = self._advance(self._tls.recv_into(self._reader.buffer()))
+        return frame
+
+    def write_ready(self, piece: memoryview) -> int:
+        """Bytes taken of a piece, 0 if none can be now; only inside `unblocked`."""
+        try:
+            return self._tls.send(piece)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+
+    def undelivered(self) -> bool:
+        """Whether TLS holds decrypted bytes that select does not see."""
+        return self._tls.pending() > 0
+
+    def note_sent(self, packet: Packet) -> None:
+        """Count a frame that went out whole."""
+        self.counters.frames_sent += 1
+        self.counters.payload_bytes_sent += len(packet.payload)
+        self.counters.tls_bytes_sent += packet.size
+
+    def finish(self) -> None:
+        """Tell the peer that nothing more will be sent; it may still send."""
+        socket.socket.shutdown(self._tls, socket.SHUT_WR)
+
+    def close(self) -> None:
+        """End the connection at once, from any thread; what was sent still goes out."""
+        self._closing = True
+        with contextlib.suppress(OSError):  # not connected any more: that was the aim
+            # The base class's shutdown: SSLSocket's own would touch the TLS object.
+            socket.socket.shutdown(self._tls, socket.SHUT_RDWR)
+        self._free()
+
+    def _free(self) -> None:
+        """Give the descriptor back, unless another thread is inside: then it does so itself."""
+        if self._use.acquire(blocking=False):
+            self._tls.close()
+            self._use.release()
+
+    @contextlib.contextmanager
+    def _sole_use(self) -> Iterator[None]:
+        if not self._use.acquire(blocking=False):
+            raise RuntimeError(f"two threads use the TLS connection to {self.peer}")
+        try:
+            if self._closing:
+                raise LinkError(f"the connection to {self.peer} was closed here")
+            yield
+        except OSError as error:
+            raise link_error(f"the connection to {self.peer}", error) from error
+        finally:
+            self._use.release()
+            if self._closing:
+                self._free()
+
+    def _advance(self, count: int) -> Frame | None:
+        if count == 0:
+            where = "between frames" if self._reader.between_frames else "in mid-frame"
+            raise PeerClosedError(f"{self.peer} closed its connection {where}")
+        self.counters.tls_bytes_received += count
+        frame = self._reader.advance(count)
+        if frame is not None:
+            check_place(frame.label, self.run, self._epoch)
+            self.counters.frames_received += 1
+            self.counters.payload_bytes_received += len(frame.payload)
+        return frame
+
+
+def pieces(packet: Packet) -> Iterator[bytes | memoryview]:
+    """A frame's bytes in as few TLS records as can be, without copying more than one of them."""
+    first = max(0, RECORD_BYTES - len(packet.head))
+    yield b"".join((packet.head, packet.payload[:first]))
+    if len(packet.payload) > first:
+        yield packet.payload[first:]
+
+
+def tune(raw: socket.socket) -> None:
+    """Send small frames at once, notice dead peers, use BBR where allowed; buffers tune alone."""
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _TCP_OPTIONS:
+        if hasattr(socket, name):  # not every system has every option
+            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if hasattr(socket, "TCP_CONGESTION"):
+        with contextlib.suppress(OSError):  # not allowed here: the report says what runs instead
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+
+def _congestion_control(connection: socket.socket) -> str:
+    if not hasattr(socket, "TCP_CONGESTION"):
+        return "unknown"
+    name = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode("ascii")
+
+
+def link_error(place: str, error: OSError) -> LinkError:
+    """Our error for the system's, with the place that it concerns."""
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionError):
+        return PeerClosedError(f"{place} broke: {error}")
+    if isinstance(error, TimeoutError):
+        return LinkTimeoutError(f"{place} does not answer: {error}")
+    return LinkError(f"{place} failed: {error}")

@@ -1,0 +1,478 @@
+"""Frames and messages as bytes: what goes in comes out, and nothing else gets in."""
+
+import random
+import struct
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.schedule import Grant, Span, Step
+from stages.control import (
+    Answer,
+    Answers,
+    ControlMessage,
+    Drain,
+    Heartbeat,
+    Hello,
+    LeasedRow,
+    LinkReport,
+    Message,
+    Peer,
+    Ready,
+    Refused,
+    Rows,
+    StageFailed,
+    StepFailed,
+    Stop,
+    Topology,
+    Welcome,
+    decode,
+)
+from stages.errors import FrameError, ProtocolError
+from stages.frame import (
+    MAX_FRAME_BYTES,
+    MAX_HEADER_BYTES,
+    PREFIX_BYTES,
+    RING_KINDS,
+    Dtype,
+    EpochMismatchError,
+    Frame,
+    FrameReader,
+    Kind,
+    Label,
+    RunMismatchError,
+    VersionMismatchError,
+    check_place,
+    run_number,
+)
+from stages.wire import Admit, SampleFrame, StepFrame
+
+RUN = run_number("run-1")
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+HELLO = Hello(name="a", run="run-1", epoch=3, incarnation=2**64 - 1, purpose="data", port=4)
+
+
+def step_frame(rows: int = 3, hidden: int = 8, **changes: object) -> StepFrame:
+    spans = tuple(Span(10 + row, row, 1, row % 2 == 0) for row in range(rows))
+    step = Step(9, 2, spans, (Grant(10, (1, 2)), Grant(11, (3,))), (4, 5))
+    payload = memoryview(bytes(i % 251 for i in range(4 * hidden * rows)))
+    admits = (Admit(10, 2**64 - 1, 17, 0.7, 0.95, 40),)
+    parts: dict[str, object] = {"step": step, "payload": payload, "admits": admits}
+    return StepFrame(epoch=3, hidden=hidden, dtype=Dtype.FLOAT32, **{**parts, **changes})  # type: ignore[arg-type]
+
+
+CONTROL: tuple[ControlMessage, ...] = (
+    HELLO,
+    Welcome(name="b", run="run-1", epoch=3, incarnation=0, last_frame=7, purpose="control"),
+    Refused(reason="stranger", cause="name", epoch=3),
+    Topology(epoch=3, peers=(Peer(name="a", host="h", port=1, certificate="pem"),)),
+    Ready(epoch=3, kv_capacity_tokens=4096, load_s=1.5, rss_bytes=2**33),
+    Heartbeat(
+        frames=5,
+        links=(
+            LinkReport(
+                peer="b",
+                purpose="data",
+                congestion_control="bbr",
+                frames_sent=1,
+                frames_received=2,
+                payload_bytes_sent=3,
+                payload_bytes_received=4,
+                tls_bytes_sent=5,
+                tls_bytes_received=6,
+                blocked_s=0.25,
+            ),
+        ),
+    ),
+    Rows(
+        lease="l-1",
+        rows=(
+            LeasedRow(
+                row=0,
+                key=2**64 - 1,
+                seed=1,
+                token_ids=(1, 2**31 - 1),
+                max_new_tokens=8,
+                temperature=0.7,
+                top_p=0.9,
+                top_k=0,
+                stop=("\n\n", "Ω"),
+            ),
+        ),
+    ),
+    Answers(
+        answers=(
+            Answer(
+                row=0,
+                output_ids=(5, 6),
+                text="naïve 🚂",
+                finish_reason="stop",
+                prompt_tokens=2,
+                output_tokens=2,
+                queued_s=0.1,
+                prefill_s=0.2,
+                decode_s=0.3,
+            ),
+        )
+    ),
+    Drain(),
+    Stop(reason="done"),
+    StageFailed(node="a", error_type="NumericError", message="NaN in layer 3"),
+    StepFailed(
+        epoch=3,
+        frame=9,
+        slot=2,
+        sequences=(10, 2**32 - 1),
+        error_type="NumericError",
+        message="NaN",
+    ),
+)
+MESSAGES: tuple[Message, ...] = (step_frame(), SampleFrame(3, 9, 2, (1, 2**31 - 1, 0)), *CONTROL)
+
+
+def packed(message: Message) -> bytes:
+    if isinstance(message, Hello):
+        return bytes(message.greeting())
+    return bytes(message.encode(RUN))
+
+
+def read(raw: bytes) -> Frame:
+    """The one frame of these bytes, fed at once."""
+    reader = FrameReader()
+    frames = reader.feed(raw)
+    reader.finish()
+    assert len(frames) == 1
+    return frames[0]
+
+
+def resealed(raw: bytes, **changes: int) -> bytes:
+    """A frame with other numbers in its prefix and right sums: what a liar would send."""
+    names = ["magic", "version", "kind", "dtype", "codec", "slot", "run", "frame", "epoch"]
+    names += ["rows", "columns", "header", "payload"]
+    layout = struct.Struct("<2sBBBBHQQIIIII")
+    numbers = dict(zip(names, layout.unpack_from(raw), strict=True)) | changes
+    prefix = layout.pack(*numbers.values()) + struct.pack("<Q", xxhash.xxh3_64_intdigest(raw[56:]))
+    check = struct.pack("<I", xxhash.xxh3_64_intdigest(prefix) & 0xFFFFFFFF)
+    return prefix + check + raw[PREFIX_BYTES:]
+
+
+def named(message: Message) -> str:
+    return type(message).__name__
+
+
+every_message = pytest.mark.parametrize("message", MESSAGES, ids=named)
+
+
+def test_every_kind_is_among_the_messages_of_these_tests() -> None:
+    assert {read(packed(message)).label.kind for message in MESSAGES} == set(Kind)
+
+
+@every_message
+def test_a_message_comes_back_as_it_was(message: Message) -> None:
+    assert decode(read(packed(message))) == message
+
+
+@every_message
+def test_a_message_comes_back_whole_from_single_bytes(message: Message) -> None:
+    reader = FrameReader()
+    raw = packed(message) * 2
+    frames = [frame for i in range(len(raw)) for frame in reader.feed(raw[i : i + 1])]
+    assert [decode(frame) for frame in frames] == [message, message]
+
+
+@every_message
+def test_every_truncation_is_an_error(message: Message) -> None:
+    raw = packed(message)
+    for length in range(1, len(raw)):
+        with pytest.raises(FrameError):
+            read(raw[:length])
+
+
+@every_message
+def test_every_flipped_byte_is_an_error(message: Message) -> None:
+    raw = packed(message)
+    for place in range(len(raw)):
+        for mask in (0x01, 0x80, 0xFF):
+            flipped = bytearray(raw)
+            flipped[place] ^= mask
+            with pytest.raises(FrameError):
+                read(bytes(flipped))
+
+
+def test_a_reader_stays_broken_after_an_error() -> None:
+    reader = FrameReader()
+    good = packed(Drain())
+    with pytest.raises(FrameError):
+        reader.feed(b"x" * PREFIX_BYTES)
+    with pytest.raises(FrameError):
+        reader.feed(good)
+
+
+def test_a_step_with_nothing_but_ended_sequences_comes_back() -> None:
+    message = step_frame(0, step=Step(9, 2, (), (), (4, 5)), admits=(), payload=memoryview(b""))
+    assert decode(read(packed(message))) == message
+
+
+def test_a_payload_is_neither_copied_on_its_way_out_nor_on_its_way_in() -> None:
+    array = np.arange(3 * 8, dtype=np.float32)
+    packet = step_frame(payload=array.data).encode(RUN)
+    assert np.shares_memory(np.frombuffer(packet.payload, np.float32), array)
+    frame = read(bytes(packet))
+    message = decode(frame)
+    assert isinstance(message, StepFrame)
+    assert np.shares_memory(np.frombuffer(message.payload), np.frombuffer(frame.payload))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**30), st.integers(1, 3), st.booleans(), U32),
+        min_size=1,
+        max_size=20,
+        unique_by=lambda span: span[3],
+    ),
+    st.dictionaries(U32, st.lists(U32, min_size=1, max_size=5, unique=True), max_size=5),
+    st.sets(U32, max_size=5),
+    st.tuples(U64, U64, st.floats(0, 100), st.floats(0, 1, exclude_min=True), U32),
+    st.sampled_from([(Dtype.FLOAT32, 4), (Dtype.BFLOAT16, 2), (Dtype.FLOAT16, 2)]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_step_comes_back(
+    spans: list[tuple[int, int, bool, int]],
+    grants: dict[int, list[int]],
+    ended: set[int],
+    drawn: tuple[int, int, float, float, int],
+    dtype: tuple[Dtype, int],
+) -> None:
+    step = Step(
+        2**63,
+        2**16 - 1,
+        tuple(Span(sequence, start, tokens, samples) for start, tokens, samples, sequence in spans),
+        tuple(Grant(sequence, tuple(blocks)) for sequence, blocks in grants.items()),
+        tuple(ended),
+    )
+    payload = memoryview(bytes(step.tokens * 5 * dtype[1]))
+    admits = (Admit(spans[0][3], *drawn),)
+    message = StepFrame(2**32 - 1, step, 5, dtype[0], payload, admits=admits)
+    assert decode(read(packed(message))) == message
+
+
+@given(U32, st.integers(0, 2**63), st.lists(st.integers(0, 2**31 - 1), max_size=50))
+@settings(max_examples=50, deadline=None)
+def test_any_samples_come_back(epoch: int, number: int, tokens: list[int]) -> None:
+    message = SampleFrame(epoch, number, 1, tuple(tokens))
+    assert decode(read(packed(message))) == message
+
+
+@given(st.text(max_size=50), st.lists(st.text(min_size=1, max_size=9), max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_any_text_comes_back(text: str, stops: list[str]) -> None:
+    row = CONTROL[6].rows[0].model_copy(update={"stop": tuple(stops)})  # type: ignore[union-attr]
+    for message in (Rows(lease="l", rows=(row,)), Stop(reason=text)):
+        assert decode(read(packed(message))) == message
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 256])
+def test_a_step_is_framed_in_64_bytes_and_24_per_row(rows: int) -> None:
+    spans = tuple(Span(i, 100, 1, True) for i in range(rows))
+    grants = tuple(Grant(i, (i,)) for i in range(rows))
+    step = Step(1, 0, spans, grants, tuple(range(1000, 1000 + rows)))
+    packet = StepFrame(1, step, 4, Dtype.FLOAT16, memoryview(bytes(8 * rows))).encode(RUN)
+    assert len(packet.head) <= 64 + 24 * rows
+
+
+def test_samples_return_in_16_bytes_a_token_at_32_rows() -> None:
+    assert SampleFrame(1, 1, 0, tuple(range(32))).encode(RUN).size <= 16 * 32
+
+
+SPAN = Span(10, 0, 3, True)
+BAD_STEPS = {
+    "no tokens": Step(9, 2, (Span(10, 0, 0, True), SPAN)),
+    "past the last position": Step(9, 2, (Span(10, 2**31 - 2, 3, True),)),
+    "a gap between the spans of a sequence": Step(
+        9, 2, (Span(10, 0, 1, False), Span(10, 2, 2, True))
+    ),
+    "spans of a sequence in the wrong order": Step(
+        9, 2, (Span(10, 1, 2, False), Span(10, 0, 1, True))
+    ),
+    "a span after a sampled one": Step(9, 2, (Span(10, 0, 1, True), Span(10, 1, 2, True))),
+    "granted twice": Step(9, 2, (SPAN,), (Grant(1, (1,)), Grant(2, (2,)), Grant(1, (3,)))),
+    "a block twice": Step(9, 2, (SPAN,), (Grant(1, (1, 1)),)),
+    "no block": Step(9, 2, (SPAN,), (Grant(1, ()),)),
+    "ended twice": Step(9, 2, (SPAN,), (), (1, 1)),
+    "a sequence past 32 bits": Step(9, 2, (Span(2**32, 0, 3, True),)),
+    "a slot past 16 bits": Step(9, 2**16, (SPAN,)),
+    "a negative frame": Step(-1, 2, (SPAN,)),
+    "more tokens than the payload": Step(9, 2, (Span(10, 0, 4, True),)),
+    "too many spans": Step(9, 2, tuple(Span(i, 0, 1, True) for i in range(4097))),
+}
+
+
+@pytest.mark.parametrize("step", BAD_STEPS.values(), ids=BAD_STEPS)
+def test_a_step_that_makes_no_sense_is_not_sent(step: Step) -> None:
+    with pytest.raises(FrameError):
+        step_frame(step=step, admits=()).encode(RUN)
+
+
+@pytest.mark.parametrize(
+    "admit",
+    [
+        Admit(10, 0, 0, float("nan"), 1.0, 0),
+        Admit(10, 0, 0, float("inf"), 1.0, 0),
+        Admit(10, 0, 0, -0.1, 1.0, 0),
+        Admit(10, 0, 0, 0.0, 0.0, 0),
+        Admit(10, 0, 0, 0.0, 1.1, 0),
+        Admit(10, 0, 0, 0.0, 1.0, -1),
+        Admit(10, 2**64, 0, 0.0, 1.0, 0),
+        Admit(99, 0, 0, 0.0, 1.0, 0),
+    ],
+    ids=repr,
+)
+def test_an_admission_that_makes_no_sense_is_not_sent(admit: Admit) -> None:
+    with pytest.raises(FrameError):
+        step_frame(admits=(admit,)).encode(RUN)
+
+
+LIES = {
+    "magic": {"magic": b"XX"},
+    "kind": {"kind": 99},
+    "dtype": {"dtype": 99},
+    "no activation": {"dtype": Dtype.INT32},
+    "rows": {"rows": 4},
+    "columns": {"columns": 9},
+    "no columns": {"columns": 0},
+    "shape past the limit": {"rows": 2**31, "columns": 2**31, "codec": 1},
+    "no header": {"header": 0},
+    "header": {"header": 8},
+    "huge header": {"header": MAX_HEADER_BYTES + 1},
+    "huge payload": {"payload": MAX_FRAME_BYTES + 1, "codec": 1},
+    "payload of a codec without rows": {"rows": 0, "codec": 1},
+    "another kind": {"kind": Kind.SAMPLES},
+    "control with a shape": {"kind": Kind.DRAIN},
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_a_lie_in_a_rightly_summed_prefix_is_an_error(lie: dict[str, int]) -> None:
+    with pytest.raises(FrameError):
+        decode(read(resealed(packed(step_frame()), **lie)))
+
+
+@pytest.mark.parametrize("size", [MAX_FRAME_BYTES + 1, 2**32 - 1])
+@pytest.mark.parametrize("kind", Kind)
+def test_a_lying_length_allocates_nothing(kind: Kind, size: int) -> None:
+    raw = resealed(packed(Drain()), kind=kind, payload=size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FrameError):
+            FrameReader().feed(raw)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**10
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_kind_without_a_place_on_the_connection_is_refused_by_its_prefix() -> None:
+    with pytest.raises(FrameError, match="no place"):
+        FrameReader(RING_KINDS).feed(packed(Rows(lease="l", rows=()))[:PREFIX_BYTES])
+
+
+def test_another_version_is_told_from_damage() -> None:
+    with pytest.raises(VersionMismatchError):
+        read(resealed(packed(Drain()), version=2))
+
+
+def test_another_run_and_another_epoch_are_told_apart() -> None:
+    label = read(packed(step_frame())).label
+    check_place(label, RUN, 3)
+    check_place(label, RUN, None)
+    with pytest.raises(RunMismatchError):
+        check_place(label, RUN + 1, 3)
+    with pytest.raises(EpochMismatchError):
+        check_place(label, RUN, 4)
+
+
+JSON_LIES: dict[str, tuple[type[ControlMessage], bytes]] = {
+    "no JSON": (Drain, b"{"),
+    "no UTF-8": (Stop, b'{"reason": "\xff"}'),
+    "a field too many": (Drain, b'{"pickle": 1}'),
+    "a field missing": (Refused, b'{"reason": "", "cause": "run"}'),
+    "a number as text": (Refused, b'{"reason": "", "cause": "run", "epoch": "3"}'),
+    "NaN": (Ready, b'{"epoch":3,"kv_capacity_tokens":1,"load_s":NaN,"rss_bytes":1}'),
+    "a fraction": (Ready, b'{"epoch":3,"kv_capacity_tokens":1.5,"load_s":1,"rss_bytes":1}'),
+    "two peers of one name": (
+        Topology,
+        b'{"epoch":3,"peers":[{"name":"a","host":"h","port":1,"certificate":"p"},'
+        b'{"name":"a","host":"h","port":2,"certificate":"p"}]}',
+    ),
+    "a label that disagrees": (
+        StepFailed,
+        b'{"epoch":3,"frame":9,"slot":2,"sequences":[],"error_type":"E","message":""}',
+    ),
+    "nesting": (Drain, b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize(("message", "body"), JSON_LIES.values(), ids=JSON_LIES)
+def test_json_that_is_no_message_is_an_error(message: type[ControlMessage], body: bytes) -> None:
+    frame = Frame(Label(message.kind, RUN, 3), memoryview(b""), memoryview(body))
+    with pytest.raises(FrameError):
+        decode(frame)
+
+
+def test_an_answer_counts_its_tokens_and_an_error_has_a_type() -> None:
+    fields = CONTROL[7].answers[0].model_dump()  # type: ignore[union-attr]
+    for lie in ({"output_tokens": 3}, {"finish_reason": "error"}, {"error_type": "E"}):
+        with pytest.raises(ValueError, match=r"output_tokens|error"):
+            Answer(**(fields | lie))
+
+
+def test_an_errors_long_or_unwritable_text_still_travels() -> None:
+    failed = StageFailed(node="a", error_type="E", message="\ud800" + "x" * 10**6)
+    assert decode(read(packed(failed))) == failed
+
+
+def mutations(count: int) -> Iterator[bytes]:
+    """Frames with bytes changed, cut, doubled or swapped; half of them with right sums again."""
+    chance = random.Random(20)
+    frames = [packed(message) for message in MESSAGES]
+    for number in range(count):
+        raw = bytearray(chance.choice(frames))
+        for _ in range(chance.randint(1, 3)):
+            start = chance.randrange(len(raw))
+            end = min(len(raw), start + chance.choice((1, 1, 4, 16)))
+            change = chance.randrange(4)
+            if change == 0:
+                raw[start:end] = chance.randbytes(end - start)
+            elif change == 1 and len(raw) > PREFIX_BYTES + 16:
+                del raw[start:end]
+            elif change == 2:
+                raw[start:start] = raw[start:end]
+            else:
+                raw[start:end] = bytes(end - start)
+        yield resealed(bytes(raw)) if number % 2 and len(raw) >= PREFIX_BYTES else bytes(raw)
+
+
+def outcome(raw: bytes) -> str:
+    try:
+        decode(read(raw))
+    except ProtocolError:
+        return "refused"
+    return "read"
+
+
+def test_mutated_frames_are_read_or_refused_in_bounded_memory() -> None:
+    outcomes = dict.fromkeys(("read", "refused"), 0)
+    tracemalloc.start()
+    try:
+        for raw in mutations(20_000):
+            outcomes[outcome(raw)] += 1
+        # A claim within the limits may reserve its room; nothing may stay behind.
+        assert tracemalloc.get_traced_memory()[0] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert outcomes["refused"] > 15_000
