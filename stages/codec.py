@@ -16,13 +16,14 @@ Little-endian, and written so that it is never longer than raw plus its header:
 import math
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from xxhash import xxh3_64
 
+from stages import codec_int8
 from stages import codec_planes as planes
 from stages.codec_planes import Buffer, Bytes, Part
 from stages.codec_profile import Profile
@@ -33,14 +34,24 @@ if sys.byteorder != "little":
 
 RAW: Final = "raw"
 FAST: Final = "fast"
-LEVELS: Final = (RAW, FAST)
-"""By their number on the wire."""
+INT8: Final = "int8"
+LEVELS: Final = (RAW, FAST, INT8)
+"""By their number on the wire; only int8 loses anything."""
 
 DTYPES: Final = ("opaque", "float32", "bfloat16", "float16")
 """By their number on the wire; what is no float travels as opaque bytes, one an element."""
 ITEM_BYTES: Final = {"opaque": 1, "float32": 4, "bfloat16": 2, "float16": 2}
+_CODERS: Final = {
+    "opaque": (planes.REPEATS,),
+    "float32": (planes.HUFFMAN, planes.IF_SKEWED, planes.IF_SKEWED),
+    "bfloat16": (planes.HUFFMAN, planes.NONE),
+    "float16": (planes.HUFFMAN, planes.NONE),
+}
+"""What to try on each plane of the fast level; a 16-bit float's sign and mantissa are noise."""
+_INT8_CODERS: Final = (planes.IF_SKEWED, planes.NONE)
 
 SMALLEST_CODED_BYTES: Final = 2048  # below, a frame is a packet or two however it is coded
+PIECE_BYTES: Final = 2**19  # long enough to code well, short enough to overlap with sending
 MAX_DIMENSIONS: Final = 8
 MAX_RAW_BYTES: Final = 2**31  # of one frame; stored lengths and dimensions are 32 bits wide
 
@@ -86,10 +97,6 @@ class _Header:
     lengths: tuple[int, ...]
     payload: memoryview
 
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
 
 def encode(
     buffer: Buffer,
@@ -100,17 +107,46 @@ def encode(
 ) -> Encoded:
     """One frame of the elements in `buffer` (C order; copied first if it is not contiguous).
 
-    `level` is a wish: the frame is raw where that is no longer, or below 2 KiB. `profile` must have
-    been acknowledged by the receiver; one learned from another dtype or width is left unused.
-    ValueError where buffer, dtype and shape disagree.
+    `level` is a wish: the frame is raw where that is no longer, or below 2 KiB, and int8 gives way
+    to fast beside a NaN or an infinity. `profile` must have been acknowledged by the receiver; one
+    learned from another dtype or width is left unused. ValueError where buffer, dtype and shape
+    disagree.
     """
     elements = _contiguous_bytes(buffer)
     _check_input(elements.size, dtype, shape, level)
-    if level != RAW and elements.size >= SMALLEST_CODED_BYTES:
-        coded = _encode_planes(elements, dtype, tuple(shape), profile)
-        if coded is not None:
-            return coded
-    return _sealed(RAW, dtype, shape, (), b"", (elements.data,))
+    coded = None
+    if elements.size >= SMALLEST_CODED_BYTES:
+        if level == INT8 and dtype != "opaque":
+            coded = _encode_int8(elements, dtype, shape)
+        if level != RAW and coded is None:
+            coded = _encode_fast(elements, dtype, shape, profile)
+    return coded or _sealed(RAW, dtype, shape, (), b"", (elements.data,))
+
+
+def encode_pieces(
+    buffer: Buffer,
+    dtype: str,
+    shape: Sequence[int],
+    level: str,
+    profile: Profile | None = None,
+    piece_bytes: int = PIECE_BYTES,
+) -> Iterator[Encoded]:
+    """Frames of consecutive rows, for coding and sending to overlap; each one's shape is 2-D.
+
+    A row is the last dimension. Every piece but the last holds as many whole rows as fit in
+    `piece_bytes`, at least one; their buffers one after the other are the whole. ValueError as
+    from `encode`.
+    """
+    elements = _contiguous_bytes(buffer)
+    _check_input(elements.size, dtype, shape, level)
+    channels = shape[-1] if shape else 1
+    row_bytes = channels * ITEM_BYTES[dtype]
+    rows_each = max(1, piece_bytes // max(1, row_bytes))
+    rows = elements.size // row_bytes if row_bytes else 0
+    for start in range(0, rows, rows_each):
+        end = min(rows, start + rows_each)
+        piece = elements[start * row_bytes : end * row_bytes]
+        yield encode(piece, dtype, (end - start, channels), level, profile)
 
 
 def decode(
@@ -125,11 +161,15 @@ def decode(
     version, a profile that was never announced, a claim above `max_bytes`.
     """
     header = _opened(memoryview(frame).cast("B"), max_bytes)
-    itemsize = ITEM_BYTES[header.dtype]
     if header.level == RAW:
         elements = np.frombuffer(header.payload, np.uint8).copy()
+    elif header.level == INT8:
+        elements = codec_int8.restored(_unpacked(header), header.dtype)
     else:
-        elements = planes.merge(_unpacked(header, profiles or {}), itemsize)
+        unpacked = _unpacked(header)
+        if header.profile_id:
+            unpacked[0] = _profile_of(header, profiles or {}).restored(unpacked[0])
+        elements = planes.merge(unpacked, ITEM_BYTES[header.dtype])
     return Decoded(header.dtype, header.shape, elements, header.level)
 
 
@@ -147,26 +187,40 @@ def _check_input(size: int, dtype: str, shape: Sequence[int], level: str) -> Non
         raise ValueError(f"{size} bytes are not {dtype} of shape {tuple(shape)}")
 
 
-def _encode_planes(
-    elements: Bytes, dtype: str, shape: tuple[int, ...], profile: Profile | None
+def _encode_int8(elements: Bytes, dtype: str, shape: Sequence[int]) -> Encoded | None:
+    """The frame of rounded elements, or None where some are not finite."""
+    quantized = codec_int8.quantized(elements, dtype)
+    return _smaller(INT8, elements, dtype, shape, 0, quantized) if quantized else None
+
+
+def _encode_fast(
+    elements: Bytes, dtype: str, shape: Sequence[int], profile: Profile | None
 ) -> Encoded | None:
     """The frame of coded planes, or None where raw is no longer."""
     split = planes.split(elements, ITEM_BYTES[dtype])
-    fits = profile is not None and profile.fits(dtype, shape)
-    if fits:
-        assert profile is not None
-        split[0] = profile.centred(split[0])
-    packed = [
-        planes.pack(plane, leading=i == 0, general=dtype == "opaque")
-        for i, plane in enumerate(split)
-    ]
-    profile_id = profile.id if fits and profile is not None else 0
+    if profile is None or not profile.fits(dtype, shape):
+        return _smaller(FAST, elements, dtype, shape, 0, split)
+    profile.centre(split[0])
+    return _smaller(FAST, elements, dtype, shape, profile.id, split)
+
+
+def _smaller(
+    level: str,
+    elements: Bytes,
+    dtype: str,
+    shape: Sequence[int],
+    profile_id: int,
+    split: Sequence[Bytes],
+) -> Encoded | None:
+    """The frame of these planes if it is smaller than the raw one."""
+    coders = _INT8_CODERS if level == INT8 else _CODERS[dtype]
+    packed = [planes.pack(*each) for each in zip(split, coders, strict=True)]
     lengths = [len(stored) for _, stored in packed]
     table = struct.pack(f"<{1 + len(lengths)}I", profile_id, *lengths)
     if sum(lengths) + len(table) >= elements.size:
         return None
     modes = [mode for mode, _ in packed]
-    return _sealed(FAST, dtype, shape, modes, table, [stored for _, stored in packed])
+    return _sealed(level, dtype, shape, modes, table, [stored for _, stored in packed])
 
 
 def _sealed(
@@ -212,7 +266,7 @@ def _described(
     frame: memoryview, level: str, dtype: str, ndim: int, modes: int, max_bytes: int
 ) -> _Header:
     """The header's variable part; the checksum stands, so a lie here is a lie of the sender."""
-    count = 0 if level == RAW else ITEM_BYTES[dtype]
+    count = 0 if level == RAW else len(_INT8_CODERS if level == INT8 else _CODERS[dtype])
     table_at = _DIMENSIONS_AT + 4 * ndim
     payload_at = table_at + (4 * (1 + count) if count else 0)
     if len(frame) < payload_at:
@@ -221,6 +275,8 @@ def _described(
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if size > max_bytes:
         raise FrameError(f"a frame claims {size} bytes, above the limit of {max_bytes}")
+    if count and (size == 0 or (level == INT8 and dtype == "opaque")):
+        raise FrameError(f"{size} bytes of {dtype} cannot be coded at level {level}")
     profile_id, *lengths = struct.unpack_from(f"<{1 + count}I", frame, table_at) if count else (0,)
     stored = sum(lengths) if count else size
     if stored != len(frame) - payload_at or modes >> 2 * count:
@@ -229,17 +285,24 @@ def _described(
     return _Header(level, dtype, shape, profile_id, each, tuple(lengths), frame[payload_at:])
 
 
-def _unpacked(header: _Header, profiles: Mapping[int, Profile]) -> list[Bytes]:
-    """The frame's planes, the first one with the profile's bases put back."""
+def _unpacked(header: _Header) -> list[Bytes]:
+    """The frame's planes, each checked for its size."""
+    elements = math.prod(header.shape)
+    sizes: tuple[int, ...]
+    if header.level == INT8:
+        sizes = (elements, codec_int8.SCALE_BYTES * codec_int8.groups(elements))
+    else:
+        sizes = tuple(width * elements for width in planes.widths(ITEM_BYTES[header.dtype]))
     unpacked = []
     at = 0
-    for mode, length in zip(header.modes, header.lengths, strict=True):
-        stored = header.payload[at : at + length]
-        unpacked.append(planes.unpack(mode, stored, header.elements))
+    for mode, length, size in zip(header.modes, header.lengths, sizes, strict=True):
+        unpacked.append(planes.unpack(mode, header.payload[at : at + length], size))
         at += length
-    if header.profile_id:
-        profile = profiles.get(header.profile_id)
-        if profile is None or not profile.fits(header.dtype, header.shape):
-            raise FrameError(f"no fitting profile {header.profile_id:#010x} was announced")
-        unpacked[0] = profile.restored(unpacked[0])
     return unpacked
+
+
+def _profile_of(header: _Header, profiles: Mapping[int, Profile]) -> Profile:
+    profile = profiles.get(header.profile_id)
+    if profile is None or not profile.fits(header.dtype, header.shape):
+        raise FrameError(f"no fitting profile {header.profile_id:#010x} was announced")
+    return profile

@@ -1,13 +1,12 @@
 """Elements to byte planes and back, and each plane's small coder; knows no frames and no floats.
 
-An element's bits are rearranged to exponent | sign and mantissa, so that plane 0 holds the part
-that compresses (an exponent carries about 2.7 of its 8 bits) and the others hold near noise:
+An element's bits are rearranged so that plane 0 holds the part that compresses (an exponent carries
+about 2.7 of its 8 bits) and the others hold near noise:
 
-    bfloat16  eeeeeeee | mmmmmmms          float16  eeeeemmm | mmmmmmms
-    float32   eeeeeeee | smmmmmmm | mmmmmmmm | mmmmmmmm       opaque    one plane, as it is
+    bfloat16  eeeeeeee | mmmmmmms          float32  eeeeeeee | mmmmmmms | the low 16 bits
+    float16   eeeeemmm | mmmmmmms          opaque   one plane, as it is
 
-So the zero tail of upcast bfloat16 stays whole, in planes that are constant.
-
+So float32 that was bfloat16 keeps its zero tail whole, and it costs one byte a frame.
 A plane is stored as one repeated byte, as it is, or as a zstd frame. zstd serves as a Huffman coder
 here: with a tiny hash table and long matches it finds none of the spurious matches that make its
 defaults slower and larger on exponents.
@@ -38,7 +37,10 @@ Part = bytes | memoryview
 CONSTANT, PLAIN, CODED = 0, 1, 2
 """How a plane is stored: one byte for all, as it is, or a zstd frame."""
 
-CHUNK_BYTES = 2**17  # scratch of this size stays in a core's second-level cache
+HUFFMAN, IF_SKEWED, REPEATS, NONE = "huffman", "if skewed", "repeats", "none"
+"""What to try on a plane: the Huffman coder, the same if a sample is worth it, matches, nothing."""
+
+CHUNK = 2**17  # elements at a time: scratch stays in a core's cache, numpy's own cost is small
 SAMPLE_BYTES = 4096
 WORTH_CODING_BITS = 7.6  # of 8 a byte; above, coding a plane costs more time than it saves
 MAX_WINDOW_BYTES = 2**17
@@ -51,54 +53,67 @@ class _Scratch(threading.local):
         huffman = ZstdCompressionParameters.from_level(
             1, window_log=17, hash_log=6, chain_log=6, min_match=7, write_content_size=False
         )
-        general = ZstdCompressionParameters.from_level(1, window_log=17, write_content_size=False)
+        repeats = ZstdCompressionParameters.from_level(1, window_log=17, write_content_size=False)
         self.huffman = ZstdCompressor(compression_params=huffman)
-        self.general = ZstdCompressor(compression_params=general)
+        self.repeats = ZstdCompressor(compression_params=repeats)
         self.decompressor = ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-        self.first = np.empty(CHUNK_BYTES, np.uint8)
-        self.second = np.empty(CHUNK_BYTES, np.uint8)
+        self.exponents = np.empty(CHUNK, np.uint16)
+        self.mantissas = np.empty(CHUNK, np.uint16)
+        self.tops = np.empty(CHUNK, np.uint16)
+        self.negative = np.empty(CHUNK, np.bool_)
 
 
 _scratch = _Scratch()
 
 
+def widths(itemsize: int) -> tuple[int, ...]:
+    """Bytes an element in each plane of a dtype of that size."""
+    return {1: (1,), 2: (1, 1), 4: (1, 1, 2)}[itemsize]
+
+
 def split(elements: Bytes, itemsize: int) -> list[Bytes]:
-    """The byte planes of the elements, given as raw bytes; each plane its own array."""
+    """The byte planes of the elements, given as raw bytes; all but opaque's are new arrays."""
     if itemsize == 1:
         return [elements]
     count = elements.size // itemsize
-    planes = [np.empty(count, np.uint8) for _ in range(itemsize)]
-    if itemsize == 2:
-        _split_16(elements.view(np.uint16), planes[0], planes[1])
-    else:
-        _split_32(elements.view(np.uint32), planes)
-    return planes
+    split_up = [np.empty(count * width, np.uint8) for width in widths(itemsize)]
+    for start in range(0, count, CHUNK):
+        here = slice(start, min(count, start + CHUNK))
+        if itemsize == 2:
+            top = elements.view(np.uint16)[here]
+        else:
+            top = _halved(elements.view(np.uint32)[here], split_up[2].view(np.uint16)[here])
+        _split_16(top, split_up[0][here], split_up[1][here])
+    return split_up
 
 
-def merge(planes: Sequence[Bytes], itemsize: int) -> Bytes:
+def merge(split_up: Sequence[Bytes], itemsize: int) -> Bytes:
     """The inverse of `split`: the elements' raw bytes, in an array of their own."""
     if itemsize == 1:
-        return planes[0].copy()
-    elements = np.empty(planes[0].size * itemsize, np.uint8)
-    if itemsize == 2:
-        _merge_16(planes[0], planes[1], elements.view(np.uint16))
-    else:
-        _merge_32(planes, elements.view(np.uint32))
+        return split_up[0].copy()
+    count = split_up[0].size
+    elements = np.empty(count * itemsize, np.uint8)
+    for start in range(0, count, CHUNK):
+        here = slice(start, min(count, start + CHUNK))
+        out = elements.view(f"u{itemsize}")[here]
+        top = out if itemsize == 2 else _scratch.tops[: out.size]
+        _merge_16(split_up[0][here], split_up[1][here], top)
+        if itemsize == 4:
+            np.copyto(out, top)
+            np.left_shift(out, 16, out=out)
+            np.bitwise_or(out, split_up[2].view(np.uint16)[here], out=out)
     return elements
 
 
-def pack(plane: Bytes, *, leading: bool, general: bool) -> tuple[int, Part]:
-    """How to store a plane, and the bytes to store.
-
-    The leading plane is always tried; another one only if a sample of it looks worth the time.
-    `general` lets zstd look for repeats, for bytes that are no exponents.
-    """
-    if _is_constant(plane):
-        return CONSTANT, plane[:1].tobytes()
-    if not leading and _sampled_bits(plane) > WORTH_CODING_BITS:
-        return PLAIN, plane.data
-    coded = (_scratch.general if general else _scratch.huffman).compress(plane.data)
-    return (CODED, coded) if len(coded) < plane.size else (PLAIN, plane.data)
+def pack(plane: Bytes, coder: str) -> tuple[int, Part]:
+    """How to store a plane, and the bytes to store; `coder` says what to try."""
+    data = plane.data
+    if _is_constant(plane, data):
+        return CONSTANT, bytes(data[:1])
+    if coder == NONE or (coder == IF_SKEWED and _sampled_bits(plane) > WORTH_CODING_BITS):
+        return PLAIN, data
+    coded = (_scratch.repeats if coder == REPEATS else _scratch.huffman).compress(data)
+    return (CODED, coded) if len(coded) < len(data) else (PLAIN, data)
 
 
 def unpack(mode: int, stored: memoryview, count: int) -> Bytes:
@@ -127,75 +142,45 @@ def _decompress(stored: memoryview, count: int) -> Bytes:
     return np.frombuffer(plane, np.uint8)
 
 
-def _is_constant(plane: Bytes) -> bool:
-    first = plane[0]
-    looks_so = bool(first == plane[-1] == plane[plane.size // 2] == plane[plane.size // 3])
+def _is_constant(plane: Bytes, data: memoryview) -> bool:
+    first, middle = data[0], len(data) // 2
+    looks_so = first == data[-1] == data[middle] == data[middle // 2]
     return looks_so and bool((plane == first).all())
 
 
 def _sampled_bits(plane: Bytes) -> float:
     """Entropy in bits a byte of evenly spaced bytes of the plane."""
-    counts = np.bincount(plane[:: max(1, plane.size // SAMPLE_BYTES)], minlength=256)
+    counts = np.bincount(plane[:: plane.size // SAMPLE_BYTES | 1], minlength=256)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum())
 
 
+def _halved(x: NDArray[np.uint32], low: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """The low 16 bits to `low`; returns the high ones, in scratch."""
+    top = _scratch.tops[: x.size]
+    np.right_shift(x, 16, out=top, casting="unsafe")
+    np.copyto(low, x, casting="unsafe")
+    return top
+
+
 def _split_16(x: NDArray[np.uint16], high: Bytes, low: Bytes) -> None:
-    np.right_shift(x, 7, out=high, casting="unsafe")
-    for start in range(0, x.size, CHUNK_BYTES // 2):
-        chunk = x[start : start + CHUNK_BYTES // 2]
-        mantissa = _scratch.first[: chunk.nbytes].view(np.uint16)
-        sign = _scratch.second[: chunk.nbytes].view(np.uint16)
-        np.left_shift(chunk, 1, out=mantissa)
-        np.right_shift(chunk, 15, out=sign)
-        np.bitwise_or(mantissa, sign, out=low[start : start + chunk.size], casting="unsafe")
+    exponents = _scratch.exponents[: x.size]
+    negative = _scratch.negative[: x.size]
+    np.right_shift(x, 7, out=exponents)
+    np.copyto(high, exponents, casting="unsafe")
+    np.less(x.view(np.int16), 0, out=negative)
+    np.copyto(low, x, casting="unsafe")
+    np.add(low, low, out=low)  # the exponent's last bit falls off the top, the sign comes in below
+    np.add(low, negative.view(np.uint8), out=low)
 
 
 def _merge_16(high: Bytes, low: Bytes, x: NDArray[np.uint16]) -> None:
-    for start in range(0, x.size, CHUNK_BYTES // 2):
-        out = x[start : start + CHUNK_BYTES // 2]
-        here = slice(start, start + out.size)
-        exponent = _scratch.first[: out.nbytes].view(np.uint16)
-        mantissa = _scratch.second[: out.nbytes].view(np.uint16)
-        np.copyto(exponent, high[here])
-        np.copyto(mantissa, low[here])
-        np.left_shift(exponent, 7, out=exponent)
-        np.left_shift(mantissa, 15, out=out)
-        np.right_shift(mantissa, 1, out=mantissa)
-        np.bitwise_or(out, exponent, out=out)
-        np.bitwise_or(out, mantissa, out=out)
-
-
-def _split_32(x: NDArray[np.uint32], planes: Sequence[Bytes]) -> None:
-    low: NDArray[Any] = x.view(np.uint8)
-    np.right_shift(x, 23, out=planes[0], casting="unsafe")
-    np.copyto(planes[2], low[1::4])
-    np.copyto(planes[3], low[0::4])
-    for start in range(0, x.size, CHUNK_BYTES // 4):
-        chunk = x[start : start + CHUNK_BYTES // 4]
-        mantissa = _scratch.first[: chunk.nbytes].view(np.uint32)
-        sign = _scratch.second[: chunk.nbytes].view(np.uint32)
-        np.right_shift(chunk, 16, out=mantissa)
-        np.bitwise_and(mantissa, 0x7F, out=mantissa)
-        np.right_shift(chunk, 31, out=sign)
-        np.left_shift(sign, 7, out=sign)
-        np.bitwise_or(mantissa, sign, out=planes[1][start : start + chunk.size], casting="unsafe")
-
-
-def _merge_32(planes: Sequence[Bytes], x: NDArray[np.uint32]) -> None:
-    for start in range(0, x.size, CHUNK_BYTES // 4):
-        out = x[start : start + CHUNK_BYTES // 4]
-        here = slice(start, start + out.size)
-        widened = _scratch.first[: out.nbytes].view(np.uint32)
-        np.copyto(out, planes[0][here])
-        np.left_shift(out, 23, out=out)
-        np.copyto(widened, planes[1][here])
-        for left in (24, 16):  # the sign goes to the top, then the mantissa's first seven bits down
-            moved = _scratch.second[: out.nbytes].view(np.uint32)
-            np.left_shift(widened, left, out=moved)
-            np.bitwise_and(moved, 0x80000000 if left == 24 else 0x007F0000, out=moved)
-            np.bitwise_or(out, moved, out=out)
-        np.copyto(widened, planes[2][here])
-        np.left_shift(widened, 8, out=widened)
-        np.bitwise_or(out, widened, out=out)
-        np.bitwise_or(out, planes[3][here], out=out)
+    exponents = _scratch.exponents[: x.size]
+    mantissas = _scratch.mantissas[: x.size]
+    np.copyto(exponents, high)
+    np.multiply(exponents, 128, out=exponents)
+    np.copyto(mantissas, low)
+    np.multiply(mantissas, 32768, out=x)  # the sign; a product is numpy's fastest left shift
+    np.add(x, exponents, out=x)
+    np.right_shift(mantissas, 1, out=mantissas)
+    np.add(x, mantissas, out=x)

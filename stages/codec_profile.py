@@ -17,6 +17,9 @@ from stages.codec_planes import Buffer, Bytes, split
 from stages.errors import FrameError
 
 SMALLEST_ROWS = 64  # fewer teach a channel's noise
+LEARNING_ROWS = 256  # what to wait for: with 64, a profile gains half as much
+LEARNING_ROUNDS = 6
+REACH = 4  # how far beyond the medians a base may lie
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _START = struct.Struct("<2sBB")
@@ -31,17 +34,16 @@ class Profile:
 
     @classmethod
     def learned(cls, buffer: Buffer, dtype: str, shape: Sequence[int]) -> "Profile":
-        """The profile of rows of a boundary: shape (..., channels), 64 rows or more.
+        """The profile of a boundary's first rows, of shape (..., channels).
 
-        ValueError where there are fewer rows, or the dtype has no exponent.
+        ValueError where there are fewer than 64 rows, or the dtype has no exponent.
         """
-        channels = shape[-1]
+        channels = shape[-1] if shape else 0
         rows = np.ascontiguousarray(buffer).reshape(-1).view(np.uint8)
-        if dtype not in _DTYPES or rows.size < SMALLEST_ROWS * channels:
+        itemsize = 4 if dtype == "float32" else 2
+        if dtype not in _DTYPES or not rows.size >= SMALLEST_ROWS * channels * itemsize > 0:
             raise ValueError(f"{dtype} of shape {tuple(shape)} is too little to learn from")
-        exponents = split(rows, 4 if dtype == "float32" else 2)[0].reshape(-1, channels)
-        bases = np.median(exponents, axis=0).astype(np.uint8)
-        return cls(dtype, bases.tobytes())
+        return cls(dtype, _aligned(split(rows, itemsize)[0].reshape(-1, channels)).tobytes())
 
     @cached_property
     def id(self) -> int:
@@ -66,11 +68,10 @@ class Profile:
         """Whether a tensor of that dtype and shape has these channels."""
         return dtype == self.dtype and len(shape) > 0 and shape[-1] == len(self.bases)
 
-    def centred(self, exponents: Bytes) -> Bytes:
-        """Plane 0 less the bases, modulo 256; in place, as the plane was made for this frame."""
+    def centre(self, exponents: Bytes) -> None:
+        """Takes the bases from plane 0, modulo 256, in place."""
         rows = exponents.reshape(-1, len(self.bases))
         np.subtract(rows, self._row, out=rows)
-        return exponents
 
     def restored(self, centred: Bytes) -> Bytes:
         """Plane 0 again."""
@@ -79,3 +80,24 @@ class Profile:
     @cached_property
     def _row(self) -> Bytes:
         return np.frombuffer(self.bases, np.uint8)
+
+
+def _aligned(exponents: Bytes) -> Bytes:
+    """The base of each channel (rows, channels) at which one table of all fits them best.
+
+    Expectation and maximization: from the medians, the table of all channels less their bases,
+    then for each channel the base near its own at which that table codes it shortest.
+    """
+    channels = exponents.shape[1]
+    symbols = exponents.astype(np.int64) + 256 * np.arange(channels)
+    counts = np.bincount(symbols.reshape(-1), minlength=256 * channels).reshape(channels, 256)
+    bases = np.median(exponents, axis=0).astype(np.int64)
+    for _ in range(LEARNING_ROUNDS):
+        centred = (np.arange(256) - bases[:, None]) % 256
+        together = np.bincount(centred.reshape(-1), counts.reshape(-1), minlength=256)
+        bits = -np.log2((together + 0.5) / (together.sum() + 128))
+        candidates = np.arange(bases.min() - REACH, bases.max() + REACH + 1)
+        cost = counts @ bits[(np.arange(256)[:, None] - candidates) % 256]
+        bases = candidates[np.argmin(cost, axis=1)]
+    aligned: Bytes = (bases % 256).astype(np.uint8)
+    return aligned

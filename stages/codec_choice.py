@@ -1,0 +1,130 @@
+"""Which codec level a link's next frame should take, by what was measured; pure, it reads no clock.
+
+A level pays as long as it takes less time than the bytes that it saves. With B the link's bytes/s,
+and of a level its ratio r and its encoding and decoding speeds C and D (raw bytes/s):
+
+    serial       1 / (1/C + 1/(r B) + 1/D)        one after the other
+    overlapped   min(C, D, r B)                   chunks follow one another through the three
+
+Where the stage's own work holds the CPU that the codec would use, that work adds to 1/C and 1/D.
+"""
+
+from dataclasses import dataclass, field
+
+from stages.codec import FAST, RAW
+
+NEWEST_SHARE = 0.2  # of a running mean: five observations make the most of it
+TO_SWITCH = 1.05  # a level must promise this much more than the one in use
+FIRST_PROBES = 2  # frames of each level before the first choice
+PROBE_EVERY = 64
+PROBE_AT_MOST_EVERY = 1024  # for a level that keeps losing by far
+FAR = 0.8
+_CLASS_BITS = (13, 16, 19)  # below 8 KiB, 64 KiB, 512 KiB, and above
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Running means of one level at one size; 0 where nothing was seen yet."""
+
+    frames: int = 0
+    frame_bytes_per_byte: float = 1.0
+    encode_s_per_byte: float = 0.0
+    decode_s_per_byte: float = 0.0
+    idle_frames: int = 0
+    """Frames of this size since this level was last tried."""
+    probe_every: int = PROBE_EVERY
+
+
+@dataclass(slots=True)
+class _SizeClass:
+    """What is known of frames of one size; changed by its chooser alone."""
+
+    seen: dict[str, _Seen]
+    level: str
+
+
+@dataclass(slots=True)
+class LevelChooser:
+    """One link's choice; fed by the link's sending thread, which alone may touch it.
+
+    `levels` are those that the job allows, raw among them. `overlapped` says whether coding and
+    sending run side by side. `compute_s_per_byte`: seconds of the stage's own work for a byte of
+    activation, where that work and the codec share a CPU; 0 where they do not.
+    """
+
+    levels: tuple[str, ...] = (RAW, FAST)
+    overlapped: bool = True
+    compute_s_per_byte: float = 0.0
+    link_s_per_byte: float = 0.0
+    """Running mean of `delivered`; 0 until the first."""
+    _classes: dict[int, _SizeClass] = field(default_factory=dict)
+
+    def choose(self, raw_bytes: int) -> str:
+        """The level for the next frame of that many bytes; counts the frame."""
+        size = self._class(raw_bytes)
+        for seen in size.seen.values():
+            seen.idle_frames += 1
+        tried = self._due(size) or self._best(size)
+        size.seen[tried].idle_frames = 0
+        return tried
+
+    def encoded(self, level: str, raw_bytes: int, frame_bytes: int, encode_s: float) -> None:
+        """A frame was coded; `level` is the one chosen, even if the frame fell back to raw."""
+        seen = self._class(raw_bytes).seen[level]
+        first = seen.frames == 0
+        seen.frames += 1
+        seen.frame_bytes_per_byte = _mean(seen.frame_bytes_per_byte, frame_bytes / raw_bytes, first)
+        seen.encode_s_per_byte = _mean(seen.encode_s_per_byte, encode_s / raw_bytes, first)
+
+    def decoded(self, level: str, raw_bytes: int, decode_s: float) -> None:
+        """The receiver reports how long decoding a frame took."""
+        seen = self._class(raw_bytes).seen[level]
+        first = seen.decode_s_per_byte == 0
+        seen.decode_s_per_byte = _mean(seen.decode_s_per_byte, decode_s / raw_bytes, first)
+
+    def delivered(self, frame_bytes: int, busy_s: float) -> None:
+        """So many bytes were acknowledged in so many seconds in which the link had work."""
+        first = self.link_s_per_byte == 0
+        self.link_s_per_byte = _mean(self.link_s_per_byte, busy_s / frame_bytes, first)
+
+    def predicted_bytes_per_s(self, level: str, raw_bytes: int) -> float:
+        """Goodput in bytes of activation, of a level at that size; infinite where nothing costs."""
+        return self._predicted(self._class(raw_bytes).seen[level])
+
+    def _class(self, raw_bytes: int) -> _SizeClass:
+        number = sum(raw_bytes >> bits > 0 for bits in _CLASS_BITS)
+        if number not in self._classes:
+            self._classes[number] = _SizeClass({level: _Seen() for level in self.levels}, RAW)
+        return self._classes[number]
+
+    def _predicted(self, seen: _Seen) -> float:
+        send_s = seen.frame_bytes_per_byte * self.link_s_per_byte
+        encode_s = seen.encode_s_per_byte + self.compute_s_per_byte
+        decode_s = seen.decode_s_per_byte + self.compute_s_per_byte
+        steps = (encode_s, send_s, decode_s)
+        cost_s = max(steps) if self.overlapped else sum(steps)
+        return 1 / cost_s if cost_s else float("inf")
+
+    def _due(self, size: _SizeClass) -> str | None:
+        """A level of which too little, or nothing lately, is known."""
+        for level, seen in size.seen.items():
+            if seen.frames < FIRST_PROBES or seen.idle_frames >= seen.probe_every:
+                loses_by_far = self._predicted(seen) < FAR * self._predicted(size.seen[size.level])
+                longer = min(2 * seen.probe_every, PROBE_AT_MOST_EVERY)
+                seen.probe_every = longer if loses_by_far else PROBE_EVERY
+                return level
+        return None
+
+    def _best(self, size: _SizeClass) -> str:
+        """The level in use, or another that promises enough more; raw once it promises as much."""
+        promised = {level: self._predicted(seen) for level, seen in size.seen.items()}
+        best = max(promised, key=promised.__getitem__)
+        if promised[best] > TO_SWITCH * promised[size.level]:
+            size.level = best
+        if promised[RAW] >= promised[size.level]:
+            size.level = RAW
+        return size.level
+
+
+def _mean(mean: float, newest: float, first: bool) -> float:
+    return newest if first else mean + NEWEST_SHARE * (newest - mean)
