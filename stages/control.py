@@ -220,6 +220,8 @@ class Answer(_Record):
     error_message: Text | None = None
     prompt_tokens: Count
     output_tokens: Count
+    replayed_tokens: Count = 0
+    """Positions that had to be computed again."""
     queued_s: Seconds
     prefill_s: Seconds
     decode_s: Seconds

@@ -54,6 +54,7 @@ class Duplex:
         self._pieces: Iterator[bytes | memoryview] = iter(())
         self._piece = memoryview(b"")
         self._sending: Packet | None = None
+        self._beat: Packet | None = None
         self._blocked_since_s: float | None = None
         self._finishing = False
         self._watched = 0
@@ -76,19 +77,19 @@ class Duplex:
         """
         Send what is queued, say that no more comes, and leave when the peer does the same.
 
-        Raises the connection's error where it failed before, LinkTimeoutError where what was queued
-        could not be sent in time.
+        Raises the connection's error where it lost a queued message, LinkTimeoutError where the
+        peer did not take them in time. That the peer left first is no error.
         """
         self._queue.end()
         self._wake()
         self._thread.join(timeout_s)
-        flushed = self._queue.finished and self._sending is None
+        flushed = self._queue.finished
         self.connection.close()
         self._wake()
         self._thread.join()
-        self._queue.check()
         if not flushed:
             raise LinkTimeoutError(f"{self.connection.peer} did not take the last messages")
+        self._queue.check_delivery()
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):  # full: awake already; closed: ended
@@ -106,7 +107,7 @@ class Duplex:
             self._wakened.close()
 
     def _end(self, error: StageError) -> None:
-        left_in_order = self._finishing and isinstance(error, LinkError)  # after our goodbye
+        left_in_order = self._queue.finished and isinstance(error, LinkError)
         if not left_in_order:
             self._queue.fail(error)
             if not self.connection.closed:
@@ -170,12 +171,17 @@ class Duplex:
                 self._piece = memoryview(piece)
                 continue
             if self._sending is not None:
-                self.connection.note_sent(self._sending)
+                self._note_sent(self._sending)
             self._sending = self._next_packet()
             if self._sending is None:
                 return False
             self._pieces = pieces(self._sending)
         return True
+
+    def _note_sent(self, packet: Packet) -> None:
+        self.connection.note_sent(packet)
+        if packet is not self._beat:
+            self._queue.sent()
 
     def _next_packet(self) -> Packet | None:
         """A heartbeat when it is due, else what the queue holds; once it ended, the goodbye."""
@@ -188,7 +194,8 @@ class Duplex:
         now_s = time.monotonic()
         if now_s >= self._beat_s:
             self._beat_s = now_s + self._heartbeat_s
-            return self._vitals().encode(self.connection.run)
+            self._beat = self._vitals().encode(self.connection.run)
+            return self._beat
         return self._queue.take()
 
     def _count_blocked(self, taken: int) -> None:

@@ -118,7 +118,9 @@ class SendQueue:
         self._capacity = capacity
         self._packets: deque[Packet] = deque()
         self._changed = threading.Condition()
+        self._in_hand = False
         self._error: StageError | None = None
+        self._lost = False
         self._ended = False
 
     def put(self, packet: Packet, timeout_s: float | None) -> None:
@@ -127,7 +129,8 @@ class SendQueue:
             self._changed.wait_for(
                 lambda: self._error or self._ended or len(self._packets) < self._capacity, timeout_s
             )
-            self.check()
+            if self._error is not None:
+                raise self._error
             if self._ended:
                 raise LinkError(f"no more frames may go to {self._peer}: closed here")
             if len(self._packets) >= self._capacity:
@@ -142,18 +145,23 @@ class SendQueue:
         return self.take()
 
     def take(self) -> Packet | None:
-        """The next frame, or None where none waits."""
+        """The next frame, to be confirmed by `sent`; None where none waits."""
         with self._changed:
             if not self._packets:
                 return None
+            self._in_hand = True
             self._changed.notify_all()
             return self._packets.popleft()
 
+    def sent(self) -> None:
+        """The frame that was taken went out whole."""
+        self._in_hand = False
+
     @property
     def finished(self) -> bool:
-        """Whether it has ended and nothing waits."""
+        """Whether it has ended and every frame went out."""
         with self._changed:
-            return self._ended and not self._packets
+            return self._ended and not self._packets and not self._in_hand
 
     def end(self) -> None:
         """Take no more frames."""
@@ -162,15 +170,17 @@ class SendQueue:
             self._changed.notify_all()
 
     def fail(self, error: StageError) -> None:
-        """Drop what waits and raise the error wherever the queue is used from now on."""
+        """Drop what waits, and raise the error for every frame put from now on."""
         with self._changed:
             self._error = error
+            self._lost = self._in_hand or bool(self._packets)
+            self._in_hand = False
             self._packets.clear()
             self._changed.notify_all()
 
-    def check(self) -> None:
-        """Raise the error that the sending thread met, if it met one."""
-        if self._error is not None:
+    def check_delivery(self) -> None:
+        """Raise the error that the sending thread met, if a frame was lost by it."""
+        if self._error is not None and self._lost:
             raise self._error
 
 
@@ -178,8 +188,8 @@ class Outbox:
     """
     The one thread that writes a data connection, behind a bounded queue.
 
-    When the connection fails, `on_down` is called once from that thread, and every later `put` and
-    `close` raises the same error.
+    When the connection fails, `on_down` is called once from that thread, and every later `put`
+    raises the same error.
     """
 
     def __init__(
@@ -198,14 +208,19 @@ class Outbox:
         self._queue.put(packet, timeout_s)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Send what is queued, then end the connection; LinkTimeoutError if that takes too long."""
+        """
+        Send what is queued, then end the connection.
+
+        Raises the connection's error where it lost a queued frame, LinkTimeoutError where the peer
+        did not take them in time.
+        """
         self._queue.end()
         self._thread.join(timeout_s)
-        flushed = not self._thread.is_alive()
+        flushed = self._queue.finished
         self.abort()
         if not flushed:
             raise LinkTimeoutError(f"{self._connection.peer} did not take the last frames")
-        self._queue.check()
+        self._queue.check_delivery()
 
     def abort(self) -> None:
         """End the connection at once; frames still queued are dropped."""
@@ -217,6 +232,7 @@ class Outbox:
         try:
             while (packet := self._queue.wait()) is not None:
                 self._connection.send(packet)
+                self._queue.sent()
         except StageError as error:
             self._queue.fail(error)
             if not self._connection.closed:

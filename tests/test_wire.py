@@ -1,9 +1,11 @@
 """Frames and messages as bytes: what goes in comes out, and nothing else gets in."""
 
+import ast
 import random
 import struct
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,3 +478,44 @@ def test_mutated_frames_are_read_or_refused_in_bounded_memory() -> None:
     finally:
         tracemalloc.stop()
     assert outcomes["refused"] > 15_000
+
+
+CODE_BEARING_MODULES = {
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "jsonpickle",
+}
+CODE_BEARING_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load"}
+CODE_BEARING_CALLS |= {"yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load"}
+
+
+def code_bearing(tree: ast.AST) -> Iterator[str]:
+    """Imports and calls by which bytes from elsewhere could become code."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if is_code_bearing(name.name))
+        elif isinstance(node, ast.ImportFrom) and is_code_bearing(node.module or ""):
+            yield node.module or ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in CODE_BEARING_CALLS:
+            yield f"{ast.unparse(node.func)} in line {node.lineno}"
+
+
+def is_code_bearing(module: str) -> bool:
+    return module.partition(".")[0] in CODE_BEARING_MODULES
+
+
+@pytest.mark.parametrize("room", ["stages", "storage"])
+def test_nothing_that_is_read_can_become_code(room: str) -> None:
+    files = sorted((Path(__file__).parent.parent / room).rglob("*.py"))
+    assert files
+    found = {file.name: list(code_bearing(ast.parse(file.read_text()))) for file in files}
+    assert not {name: what for name, what in found.items() if what}
+
+
+def test_that_check_would_see_a_pickle() -> None:
+    program = "import pickle\nfrom cloudpickle import loads\neval('1')\ntorch.load('x')"
+    assert len(list(code_bearing(ast.parse(program)))) == 4
