@@ -17,8 +17,7 @@ NEWEST_SHARE = 0.2  # of a running mean: five observations make the most of it
 TO_SWITCH = 1.05  # a level must promise this much more than the one in use
 FIRST_PROBES = 2  # frames of each level before the first choice
 PROBE_EVERY = 64
-PROBE_AT_MOST_EVERY = 1024  # for a level that keeps losing by far
-FAR = 0.8
+PROBING_SHARE = 0.002  # of the link's time: a level that loses by far is tried the more rarely
 _CLASS_BITS = (13, 16, 19)  # below 8 KiB, 64 KiB, 512 KiB, and above
 
 
@@ -32,7 +31,6 @@ class _Seen:
     decode_s_per_byte: float = 0.0
     idle_frames: int = 0
     """Frames of this size since this level was last tried."""
-    probe_every: int = PROBE_EVERY
 
 
 @dataclass(slots=True)
@@ -89,7 +87,8 @@ class LevelChooser:
 
     def predicted_bytes_per_s(self, level: str, raw_bytes: int) -> float:
         """Goodput in bytes of activation, of a level at that size; infinite where nothing costs."""
-        return self._predicted(self._class(raw_bytes).seen[level])
+        cost_s = self._s_per_byte(self._class(raw_bytes).seen[level])
+        return 1 / cost_s if cost_s else float("inf")
 
     def _class(self, raw_bytes: int) -> _SizeClass:
         number = sum(raw_bytes >> bits > 0 for bits in _CLASS_BITS)
@@ -97,31 +96,30 @@ class LevelChooser:
             self._classes[number] = _SizeClass({level: _Seen() for level in self.levels}, RAW)
         return self._classes[number]
 
-    def _predicted(self, seen: _Seen) -> float:
+    def _s_per_byte(self, seen: _Seen) -> float:
         send_s = seen.frame_bytes_per_byte * self.link_s_per_byte
         encode_s = seen.encode_s_per_byte + self.compute_s_per_byte
         decode_s = seen.decode_s_per_byte + self.compute_s_per_byte
         steps = (encode_s, send_s, decode_s)
-        cost_s = max(steps) if self.overlapped else sum(steps)
-        return 1 / cost_s if cost_s else float("inf")
+        return max(steps) if self.overlapped else sum(steps)
 
     def _due(self, size: _SizeClass) -> str | None:
-        """A level of which too little, or nothing lately, is known."""
+        """A level of which too little is known, or that was not tried for long enough."""
+        usual_s = self._s_per_byte(size.seen[size.level])
         for level, seen in size.seen.items():
-            if seen.frames < FIRST_PROBES or seen.idle_frames >= seen.probe_every:
-                loses_by_far = self._predicted(seen) < FAR * self._predicted(size.seen[size.level])
-                longer = min(2 * seen.probe_every, PROBE_AT_MOST_EVERY)
-                seen.probe_every = longer if loses_by_far else PROBE_EVERY
+            extra_s = self._s_per_byte(seen) - usual_s
+            rarely_enough = seen.idle_frames * PROBING_SHARE * usual_s >= extra_s
+            if seen.frames < FIRST_PROBES or (seen.idle_frames >= PROBE_EVERY and rarely_enough):
                 return level
         return None
 
     def _best(self, size: _SizeClass) -> str:
-        """The level in use, or another that promises enough more; raw once it promises as much."""
-        promised = {level: self._predicted(seen) for level, seen in size.seen.items()}
-        best = max(promised, key=promised.__getitem__)
-        if promised[best] > TO_SWITCH * promised[size.level]:
+        """The level in use, or another that costs enough less; raw once it costs no more."""
+        cost_s = {level: self._s_per_byte(seen) for level, seen in size.seen.items()}
+        best = min(cost_s, key=cost_s.__getitem__)
+        if TO_SWITCH * cost_s[best] < cost_s[size.level]:
             size.level = best
-        if promised[RAW] >= promised[size.level]:
+        if cost_s[RAW] <= cost_s[size.level]:
             size.level = RAW
         return size.level
 
