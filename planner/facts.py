@@ -18,6 +18,8 @@ class LayerTimes:
     """(tokens, seconds), by rising tokens."""
     decode: tuple[tuple[int, int, float], ...]
     """(rows, context tokens, seconds), by rising rows."""
+    head: tuple[tuple[int, float], ...] = ()
+    """(rows, seconds) of the LM head, by rising rows; empty: as a layer, in proportion to bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class Node:
     up_bytes_per_s: float = float("inf")
     down_bytes_per_s: float = float("inf")
     layer_s: LayerTimes | None = None
+    step_s: float = 0.0
+    """Seconds that a step costs beside its layers: framing, queues, bookkeeping."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,64 @@
+"""Rates that no plan can beat, whatever its pipelines: the other half of a plan's certificate."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cost import Cell, Floats, Role, stage_table
+from planner.facts import ModelShape, Node, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least seconds per row of (node, layers) over a grid of cells, shape (nodes, layers).
+
+    `ending_s` is for a stage that also has the LM head.
+    """
+
+    middle_s: Floats
+    ending_s: Floats
+
+    def below(self, other: "Floor") -> "Floor":
+        """The least of both, element by element."""
+        return Floor(
+            np.minimum(self.middle_s, other.middle_s), np.minimum(self.ending_s, other.ending_s)
+        )
+
+
+def floor_of(nodes: tuple[Node, ...], model: ModelShape, work: Workload, cell: Cell) -> Floor:
+    """What stages cost in this cell at least, wherever in the ring they stand."""
+    middle = stage_table(nodes, model, work, cell, Role.MIDDLE).busy_s
+    return Floor(middle, stage_table(nodes, model, work, cell, Role.LAST).busy_s)
+
+
+def capped_compute_bound(floor: Floor) -> float:
+    """Rows per second that all nodes together cannot exceed.
+
+    The largest F with sum over nodes of max over k of k x min(rate at k layers, F) >= layers x F:
+    every row crosses every layer once, and no node passes more rows than there are. The LM head
+    counts as `extra` layers, the least it costs on any node, and as so many more where it is held.
+    """
+    extra = _head_in_layers(floor)
+    layers = floor.middle_s.shape[1]
+    k = np.arange(1.0, layers + 1.0)[None, :]
+    held = np.concatenate([np.broadcast_to(k, floor.middle_s.shape)] * 2, axis=1)
+    held[:, layers:] += extra
+    with np.errstate(divide="ignore"):
+        rate = 1.0 / np.concatenate([floor.middle_s, floor.ending_s], axis=1)
+    low, high = 0.0, float((held * rate).max(axis=1).sum() / (layers + extra))
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        carried = float((held * np.minimum(rate, middle)).max(axis=1).sum())
+        low, high = (middle, high) if carried >= (layers + extra) * middle else (low, middle)
+    return high
+
+
+def _head_in_layers(floor: Floor) -> float:
+    """The LM head's cost in layers, on the node where it weighs least."""
+    k = np.arange(1.0, floor.middle_s.shape[1] + 1.0)[None, :]
+    both = np.isfinite(floor.ending_s) & np.isfinite(floor.middle_s) & (floor.middle_s > 0)
+    if not both.any():
+        return 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        extra = (floor.ending_s - floor.middle_s) * k / floor.middle_s
+    return max(float(extra[both].min()), 0.0)

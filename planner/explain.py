@@ -1,0 +1,127 @@
+"""A plan in plain sentences: what limits it, and which facts it rests on."""
+
+import numpy as np
+
+from planner.chain import Split
+from planner.cost import Cell, Role, mean_context
+from planner.layer_times import decode_layer_s, prefill_layer_s
+from planner.plan import Pipeline, Plan
+from planner.problem import CellCosts, Problem, roles
+
+TIED = 0.98
+"""A cost this close to the longest one binds too."""
+
+
+def binding_words(given: Problem, costs: CellCosts, order: tuple[int, ...], split: Split) -> str:
+    """What limits a pipeline: its slowest stage, its slowest link, or what is in flight."""
+    ring = costs.ring(order)
+    stages = ring.busy_s[np.arange(len(order)), np.array(split.layers) - 1]
+    worst_stage = int(stages.argmax())
+    names = [given.nodes[i].name for i in order]
+    words: list[str] = []
+    if stages[worst_stage] >= TIED * split.row_s:
+        words.append(_stage_words(costs, order, split, worst_stage, names[worst_stage]))
+    for link, codec in enumerate(split.codecs):
+        if ring.occupied_s[link, codec] >= TIED * split.row_s:
+            ends = f"{names[link]} -> {names[(link + 1) % len(names)]}"
+            words.append(
+                f"link {ends} is busy {_seconds(ring.occupied_s[link, codec])} for every row"
+            )
+    if not words:
+        cell = costs.cell
+        words.append(
+            f"in flight: a row lives {_seconds(split.life_s)} in the ring, and only "
+            f"{cell.rows} rows ({cell.in_flight} x {cell.micro_batch_rows}) are in it at a time"
+        )
+    return "; ".join(words)
+
+
+def _stage_words(
+    costs: CellCosts, order: tuple[int, ...], split: Split, stage: int, name: str
+) -> str:
+    role = roles(len(order))[stage]
+    table, layers = costs.stages[role], split.layers[stage]
+    busy = table.busy_s[order[stage], layers - 1]
+    ends = "s and the LM head" if Role.LAST in role else "s" if layers > 1 else ""
+    words = f"node {name}: its {layers} layer{ends} take {_seconds(busy)} for every row"
+    offloaded = int(table.weights_offloaded[order[stage], layers - 1])
+    return words + (f", {offloaded} layers streaming from host memory" if offloaded else "")
+
+
+def basis_lines(given: Problem, cell: Cell) -> tuple[str, ...]:
+    """The facts that a plan rests on, a line each."""
+    context = mean_context(given.work)
+    lines = [_work_line(given)]
+    for node in given.nodes:
+        decode = decode_layer_s(node, given.model, cell.micro_batch_rows, context)
+        tokens = given.work.prompt_tokens.mean * cell.micro_batch_rows
+        prefill = prefill_layer_s(node, given.model, tokens, given.work.prompt_tokens.mean)
+        source = "profiled" if node.layer_s else "roofline"
+        lines.append(
+            f"node {node.name}: {node.memory_bytes / 1e9:.2f} GB free; {source}: a layer takes "
+            f"{_seconds(decode)} to decode {cell.micro_batch_rows} rows at {context:.0f} tokens "
+            f"of context, {_seconds(prefill)} to prefill {tokens:.0f} tokens"
+        )
+    n = len(given.nodes)
+    for i in range(n if n > 1 else 0):
+        j = (i + 1) % n
+        lines.append(
+            f"link {given.nodes[i].name} -> {given.nodes[j].name}: "
+            f"{given.net.latency_s[i, j] * 1e3:.3g} ms, {_rate(given.net.bytes_per_s[i, j])}"
+        )
+    return tuple(lines)
+
+
+def _work_line(given: Problem) -> str:
+    work = given.work
+    return (
+        f"{work.rows} rows of {work.prompt_tokens.mean:.4g} prompt tokens (95 %: "
+        f"{work.prompt_tokens.p95:.4g}) and {work.output_tokens.mean:.4g} output tokens (95 %: "
+        f"{work.output_tokens.p95:.4g}) on average"
+    )
+
+
+def explain(plan: Plan) -> str:
+    """The plan, its speed, its certificate and its limit, as sentences for people."""
+    lines = [
+        f"{_count(len(plan.pipelines), 'pipeline')}, {plan.rows_per_s:.4g} rows/s, "
+        f"{plan.tokens_per_s:.4g} output tokens/s; the workload takes {_seconds(plan.finish_s)}.",
+        f"No plan on these nodes beats {plan.bound_tokens_per_s:.4g} tokens/s: this one is within "
+        f"{100 * plan.gap:.1f} % of the best.",
+        f"What limits it: {plan.binding}.",
+    ]
+    for number, pipeline in enumerate(plan.pipelines):
+        lines.append(f"Pipeline {number}: {_ring_words(pipeline)}.")
+    return "\n".join([*lines, *(f"  {line}" for line in plan.basis)])
+
+
+def _ring_words(pipeline: Pipeline) -> str:
+    hops = [
+        f"{stage.node} layers {stage.first_layer}-{stage.end_layer}"
+        + (f" ({stage.weights_offloaded} streamed)" if stage.weights_offloaded else "")
+        + (f" ({stage.kv_offloaded:.0%} of KV parked)" if stage.kv_offloaded else "")
+        for stage in pipeline.stages
+    ]
+    coded = {link.codec for link in pipeline.links} - {"raw"}
+    return (
+        " -> ".join(hops)
+        + f"; {pipeline.in_flight} micro-batches of {pipeline.micro_batch_rows} rows in flight"
+        + (f"; codec {', '.join(sorted(coded))}" if coded else "")
+        + (f"; {pipeline.draft_len} drafted tokens" if pipeline.draft_len else "")
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} µs"
+    if seconds < 1.0:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.4g} s" if seconds < 600 else f"{seconds / 3600:.3g} h"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e6:.3g} MB/s"

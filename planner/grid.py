@@ -1,0 +1,31 @@
+"""The settings that the solver tries: exact over this grid, and it says so."""
+
+from planner.cost import Cell
+from planner.facts import Workload
+
+MICRO_BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+IN_FLIGHT = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+DRAFT_LENGTHS = (0, 1, 2, 4, 8)
+WAVES = (1, 2, 3, 4)
+"""A job of few rows is also tried cut into so many even waves, so that no last one is half empty."""
+
+
+def cells(
+    work: Workload,
+    micro_batch_rows: int | None = None,
+    in_flight: int | None = None,
+    draft_lengths: tuple[int, ...] | None = None,
+) -> tuple[Cell, ...]:
+    """All settings worth trying, fewer where the caller fixes some or the job has few rows."""
+    if draft_lengths is None:
+        draft_lengths = tuple(n for n in DRAFT_LENGTHS if n <= len(work.acceptance))
+    found: set[Cell] = set()
+    for slots in (in_flight,) if in_flight else IN_FLIGHT:
+        even = {-(-work.rows // (slots * waves)) for waves in WAVES}
+        batches = (micro_batch_rows,) if micro_batch_rows else sorted({*MICRO_BATCH_ROWS, *even})
+        for batch in batches:
+            # Rows in flight beyond the job's rows would only reserve memory for nobody.
+            fits = batch * slots < work.rows + slots
+            if (batch <= MICRO_BATCH_ROWS[-1] and fits) or batch == micro_batch_rows:
+                found.update(Cell(batch, slots, n) for n in draft_lengths)
+    return tuple(sorted(found, key=lambda c: (c.rows, c.micro_batch_rows, c.draft_len)))

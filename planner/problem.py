@@ -1,0 +1,120 @@
+"""One planning problem made ready: checked facts, links as matrices, and one pipeline's costs."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.chain import Ring, Split
+from planner.checks import check_facts, smoothed
+from planner.cost import Cell, Floats, Role, StageTable, decode_rounds, stage_table
+from planner.facts import Cluster, ModelShape, Node, Workload
+from planner.network import Network, NetworkCost, codec_options, network, network_cost
+from planner.plan import LinkPlan, Pipeline, StagePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Facts that passed the checks, with smoothed profiles, and their network."""
+
+    cluster: Cluster
+    model: ModelShape
+    work: Workload
+    net: Network
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.cluster.nodes
+
+
+def problem(cluster: Cluster, model: ModelShape, work: Workload) -> Problem:
+    """The facts, checked; raises InfeasibleError where they cannot be true."""
+    check_facts(cluster, model, work)
+    cluster = replace(cluster, nodes=tuple(smoothed(node) for node in cluster.nodes))
+    return Problem(cluster, model, work, network(cluster))
+
+
+@dataclass(frozen=True, slots=True)
+class CellCosts:
+    """All stage tables, by what a stage does beside its layers, and all links, of one cell."""
+
+    cell: Cell
+    stages: dict[Role, StageTable]
+    links: NetworkCost
+
+    def ring(self, order: tuple[int, ...]) -> Ring:
+        """The costs of a ring through the nodes of those numbers, in that order."""
+        busy = np.stack(
+            [self.stages[r].busy_s[i] for r, i in zip(roles(len(order)), order, strict=True)]
+        )
+        occupied, hop = self._ring_links(order)
+        return Ring(busy, occupied, hop, self.cell.micro_batch_rows, self.cell.in_flight)
+
+    def _ring_links(self, order: tuple[int, ...]) -> tuple[Floats, Floats]:
+        if len(order) == 1:
+            return np.empty((0, 1)), np.empty((0, 1))
+        source, target = list(order[:-1]), list(order[1:])
+        occupied = self.links.occupied_s[:, source, target].T
+        hop = self.links.hop_s[:, source, target].T
+        # The return link carries token ids only: raw, whatever the codec's column.
+        back = np.full((1, occupied.shape[1]), np.inf)
+        back_hop = back.copy()
+        back[0, 0] = self.links.return_occupied_s[order[-1], order[0]]
+        back_hop[0, 0] = self.links.return_hop_s[order[-1], order[0]]
+        return np.concatenate([occupied, back]), np.concatenate([hop, back_hop])
+
+
+def roles(stages: int) -> tuple[Role, ...]:
+    """What each stage of a ring does beside its layers."""
+    if stages == 1:
+        return (Role.FIRST | Role.LAST,)
+    return (Role.FIRST, *([Role.MIDDLE] * (stages - 2)), Role.LAST)
+
+
+def cell_costs(given: Problem, cell: Cell) -> CellCosts:
+    """Everything that one cell costs on every node and link."""
+    tables = {
+        role: stage_table(given.nodes, given.model, given.work, cell, role)
+        for role in (Role.MIDDLE, Role.FIRST, Role.LAST, Role.FIRST | Role.LAST)
+    }
+    return CellCosts(cell, tables, network_cost(given.net, given.model, given.work, cell))
+
+
+def pipeline_of(given: Problem, costs: CellCosts, order: tuple[int, ...], split: Split) -> Pipeline:
+    """The pipeline that a split over nodes in order describes, with its offload choices."""
+    names = [given.nodes[i].name for i in order]
+    stages, first = [], 0
+    for role, node, name, layers in zip(roles(len(order)), order, names, split.layers, strict=True):
+        table = costs.stages[role]
+        stages.append(
+            StagePlan(
+                name,
+                first,
+                first + layers,
+                int(table.weights_offloaded[node, layers - 1]),
+                float(table.kv_offloaded[node, layers - 1]),
+            )
+        )
+        first += layers
+    codecs = [codec_options(given.work)[c][0] for c in split.codecs]
+    ends = [*names[1:], names[0]]
+    links = tuple(LinkPlan(*link) for link in zip(names, ends, codecs, strict=False))
+    cell = costs.cell
+    return Pipeline(tuple(stages), links, cell.micro_batch_rows, cell.in_flight, cell.draft_len)
+
+
+def load_s(given: Problem, pipeline: Pipeline) -> float:
+    """Seconds until every stage has read its shard; nodes of unknown disks count nothing."""
+    slowest = 0.0
+    for place, stage in enumerate(pipeline.stages):
+        node = given.cluster.node(stage.node)
+        weights = stage.layers * given.model.layer_bytes
+        weights += given.model.embedding_bytes if place == 0 else 0.0
+        weights += given.model.head_bytes if place == len(pipeline.stages) - 1 else 0.0
+        if node.disk_bytes_per_s > 0:
+            slowest = max(slowest, weights / node.disk_bytes_per_s)
+    return slowest
+
+
+def pass_s(given: Problem, cell: Cell, life_s: float) -> float:
+    """Mean seconds of one way round the ring: a row's life over its passes."""
+    return life_s / (1.0 + decode_rounds(given.work, cell.draft_len))
