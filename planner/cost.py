@@ -213,12 +213,12 @@ def _busy_s(
     to_device = _column([n.host_to_device_bytes_per_s for n in nodes])
     weights = omega * model.layer_bytes
     kv = fetched_kv * k * model.kv_bytes_per_token_layer
-    with np.errstate(divide="ignore", invalid="ignore"):
+    rounds = decode_rounds(work, cell.draft_len)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no way to stream: masked by the caller
         prefill_stream = np.where(weights > 0, weights / to_device, 0.0)
         round_stream = np.where(weights + kv > 0, (weights + kv) / to_device, 0.0)
-    rounds = decode_rounds(work, cell.draft_len)
-    life = np.maximum(k * passes.prefill_s, prefill_stream)
-    life = life + rounds * np.maximum(k * passes.round_s, round_stream) + passes.beside_s
+        life = np.maximum(k * passes.prefill_s, prefill_stream)
+        life = life + rounds * np.maximum(k * passes.round_s, round_stream) + passes.beside_s
     return np.asarray(life / cell.micro_batch_rows, np.float64)
 
 
