@@ -6,7 +6,8 @@ ends share is a `Profile`, which the sender uses only after the receiver has ack
 
 Little-endian, and written so that it is never longer than raw plus its header:
 
-    "WA" | version u8 | level u8 | dtype u8 | dimensions u8 | planes' modes u8 (2 bits each) | 0
+    "WA" | version u8 | level u8 | dtype u8 | dimensions u8
+    modes u8: 2 bits a plane, 0x80 if its planes are joined | lowest exponent u8 (joined; else 0)
     xxh3-64 u64, over every other byte of the frame
     dimension u32, each
     level fast, int8: profile u32 (0: none) | stored length u32, each plane
@@ -23,9 +24,9 @@ from typing import Final
 import numpy as np
 from xxhash import xxh3_64
 
-from stages import codec_int8
-from stages import codec_planes as planes
-from stages.codec_planes import Buffer, Bytes, Part
+from stages import codec_coder, codec_int8, codec_planes
+from stages.codec_coder import Buffer, Bytes, Part
+from stages.codec_planes import Planes
 from stages.codec_profile import Profile
 from stages.errors import FrameError
 
@@ -42,13 +43,13 @@ DTYPES: Final = ("opaque", "float32", "bfloat16", "float16")
 """By their number on the wire; what is no float travels as opaque bytes, one an element."""
 ITEM_BYTES: Final = {"opaque": 1, "float32": 4, "bfloat16": 2, "float16": 2}
 _CODERS: Final = {
-    "opaque": (planes.REPEATS,),
-    "float32": (planes.HUFFMAN, planes.IF_SKEWED, planes.IF_SKEWED),
-    "bfloat16": (planes.HUFFMAN, planes.NONE),
-    "float16": (planes.HUFFMAN, planes.NONE),
+    "opaque": (codec_coder.REPEATS,),
+    "float32": (codec_coder.HUFFMAN, codec_coder.IF_SKEWED, codec_coder.IF_SKEWED),
+    "bfloat16": (codec_coder.HUFFMAN, codec_coder.NONE),
+    "float16": (codec_coder.HUFFMAN, codec_coder.NONE),
 }
 """What to try on each plane of the fast level; a 16-bit float's sign and mantissa are noise."""
-_INT8_CODERS: Final = (planes.IF_SKEWED, planes.NONE)
+_INT8_CODERS: Final = (codec_coder.IF_SKEWED, codec_coder.NONE)
 
 SMALLEST_CODED_BYTES: Final = 2048  # below, a frame is a packet or two however it is coded
 PIECE_BYTES: Final = 2**19  # long enough to code well, short enough to overlap with sending
@@ -56,6 +57,7 @@ MAX_DIMENSIONS: Final = 8
 MAX_RAW_BYTES: Final = 2**31  # of one frame; stored lengths and dimensions are 32 bits wide
 
 _VERSION: Final = 1
+_JOINED: Final = 0x80
 _START: Final = struct.Struct("<2sBBBBBB")
 _CHECKSUM: Final = struct.Struct("<Q")
 _DIMENSIONS_AT: Final = _START.size + _CHECKSUM.size
@@ -93,6 +95,7 @@ class _Header:
     dtype: str
     shape: tuple[int, ...]
     profile_id: int
+    lowest: int | None
     modes: tuple[int, ...]
     lengths: tuple[int, ...]
     payload: memoryview
@@ -120,7 +123,7 @@ def encode(
             coded = _encode_int8(elements, dtype, shape)
         if level != RAW and coded is None:
             coded = _encode_fast(elements, dtype, shape, profile)
-    return coded or _sealed(RAW, dtype, shape, (), b"", (elements.data,))
+    return coded or _sealed(RAW, dtype, shape, 0, 0, b"", (elements.data,))
 
 
 def encode_pieces(
@@ -166,10 +169,10 @@ def decode(
     elif header.level == INT8:
         elements = codec_int8.restored(_unpacked(header), header.dtype)
     else:
-        unpacked = _unpacked(header)
+        split = Planes(_unpacked(header), header.lowest)
         if header.profile_id:
-            unpacked[0] = _profile_of(header, profiles or {}).restored(unpacked[0])
-        elements = planes.merge(unpacked, ITEM_BYTES[header.dtype])
+            split.planes[0] = _profile_of(header, profiles or {}).restored(split.planes[0])
+        elements = codec_planes.merge(split, header.dtype)
     return Decoded(header.dtype, header.shape, elements, header.level)
 
 
@@ -190,51 +193,50 @@ def _check_input(size: int, dtype: str, shape: Sequence[int], level: str) -> Non
 def _encode_int8(elements: Bytes, dtype: str, shape: Sequence[int]) -> Encoded | None:
     """The frame of rounded elements, or None where some are not finite."""
     quantized = codec_int8.quantized(elements, dtype)
-    return _smaller(INT8, elements, dtype, shape, 0, quantized) if quantized else None
+    if quantized is None:
+        return None
+    return _smaller(INT8, elements, dtype, shape, 0, Planes(quantized))
 
 
 def _encode_fast(
     elements: Bytes, dtype: str, shape: Sequence[int], profile: Profile | None
 ) -> Encoded | None:
     """The frame of coded planes, or None where raw is no longer."""
-    split = planes.split(elements, ITEM_BYTES[dtype])
-    if profile is None or not profile.fits(dtype, shape):
+    split = codec_planes.split(elements, dtype)
+    if profile is None or not profile.fits(dtype, shape, joined=split.lowest is not None):
         return _smaller(FAST, elements, dtype, shape, 0, split)
-    profile.centre(split[0])
+    profile.centre(split.planes[0])
     return _smaller(FAST, elements, dtype, shape, profile.id, split)
 
 
 def _smaller(
-    level: str,
-    elements: Bytes,
-    dtype: str,
-    shape: Sequence[int],
-    profile_id: int,
-    split: Sequence[Bytes],
+    level: str, elements: Bytes, dtype: str, shape: Sequence[int], profile_id: int, split: Planes
 ) -> Encoded | None:
     """The frame of these planes if it is smaller than the raw one."""
     coders = _INT8_CODERS if level == INT8 else _CODERS[dtype]
-    packed = [planes.pack(*each) for each in zip(split, coders, strict=True)]
-    lengths = [len(stored) for _, stored in packed]
-    table = struct.pack(f"<{1 + len(lengths)}I", profile_id, *lengths)
-    if sum(lengths) + len(table) >= elements.size:
+    packed = [codec_coder.pack(*each) for each in zip(split.planes, coders, strict=True)]
+    payload = [stored for _, stored in packed]
+    table = struct.pack(f"<{1 + len(packed)}I", profile_id, *map(len, payload))
+    if sum(map(len, payload)) + len(table) >= elements.size:
         return None
-    modes = [mode for mode, _ in packed]
-    return _sealed(level, dtype, shape, modes, table, [stored for _, stored in packed])
+    modes = sum(mode << 2 * i for i, (mode, _) in enumerate(packed))
+    if split.lowest is not None:
+        modes |= _JOINED
+    return _sealed(level, dtype, shape, modes, split.lowest or 0, table, payload)
 
 
 def _sealed(
     level: str,
     dtype: str,
     shape: Sequence[int],
-    modes: Sequence[int],
+    modes: int,
+    lowest: int,
     table: bytes,
     payload: Sequence[Part],
 ) -> Encoded:
     """The frame of these parts, its checksum in place."""
-    packed_modes = sum(mode << 2 * i for i, mode in enumerate(modes))
     start = _START.pack(
-        b"WA", _VERSION, LEVELS.index(level), DTYPES.index(dtype), len(shape), packed_modes, 0
+        b"WA", _VERSION, LEVELS.index(level), DTYPES.index(dtype), len(shape), modes, lowest
     )
     rest = struct.pack(f"<{len(shape)}I", *shape) + table
     checksum = xxh3_64(start)
@@ -242,30 +244,31 @@ def _sealed(
     for part in payload:
         checksum.update(part)
     header = start + _CHECKSUM.pack(checksum.intdigest()) + rest
-    nbytes = len(header) + sum(len(part) for part in payload)
-    return Encoded((header, *payload), level, nbytes)
+    return Encoded((header, *payload), level, len(header) + sum(map(len, payload)))
 
 
 def _opened(frame: memoryview, max_bytes: int) -> _Header:
     """The frame's header, once its checksum, names, bounds and lengths have been found right."""
     if len(frame) < _DIMENSIONS_AT:
         raise FrameError(f"{len(frame)} bytes are too few for a frame")
-    magic, version, level, dtype, ndim, modes, zero = _START.unpack_from(frame)
+    magic, version, level, dtype, ndim, _, _ = _START.unpack_from(frame)
     if magic != b"WA" or version != _VERSION:
         raise FrameError(f"not a frame of version {_VERSION}: starts with {bytes(frame[:3])!r}")
-    if level >= len(LEVELS) or dtype >= len(DTYPES) or ndim > MAX_DIMENSIONS or zero:
+    if level >= len(LEVELS) or dtype >= len(DTYPES) or ndim > MAX_DIMENSIONS:
         raise FrameError(f"no such frame: level {level}, dtype {dtype}, {ndim} dimensions")
     checksum = xxh3_64(frame[: _START.size])
     checksum.update(frame[_DIMENSIONS_AT:])
     if checksum.intdigest() != _CHECKSUM.unpack_from(frame, _START.size)[0]:
         raise FrameError(f"the checksum of a frame of {len(frame)} bytes does not match")
-    return _described(frame, LEVELS[level], DTYPES[dtype], ndim, modes, max_bytes)
+    return _described(frame, LEVELS[level], DTYPES[dtype], max_bytes)
 
 
-def _described(
-    frame: memoryview, level: str, dtype: str, ndim: int, modes: int, max_bytes: int
-) -> _Header:
+def _described(frame: memoryview, level: str, dtype: str, max_bytes: int) -> _Header:
     """The header's variable part; the checksum stands, so a lie here is a lie of the sender."""
+    _, _, _, _, ndim, modes, lowest = _START.unpack_from(frame)
+    joined = bool(modes & _JOINED)
+    if joined > (level == FAST and dtype in codec_planes.JOINABLE) or lowest > 255 * joined:
+        raise FrameError(f"{dtype} at level {level} has no joined planes")
     count = 0 if level == RAW else len(_INT8_CODERS if level == INT8 else _CODERS[dtype])
     table_at = _DIMENSIONS_AT + 4 * ndim
     payload_at = table_at + (4 * (1 + count) if count else 0)
@@ -279,10 +282,18 @@ def _described(
         raise FrameError(f"{size} bytes of {dtype} cannot be coded at level {level}")
     profile_id, *lengths = struct.unpack_from(f"<{1 + count}I", frame, table_at) if count else (0,)
     stored = sum(lengths) if count else size
-    if stored != len(frame) - payload_at or modes >> 2 * count:
+    if stored != len(frame) - payload_at or (modes & ~_JOINED) >> 2 * count:
         raise FrameError(f"{len(frame) - payload_at} bytes of payload where {stored} are named")
-    each = tuple(modes >> 2 * i & 3 for i in range(count))
-    return _Header(level, dtype, shape, profile_id, each, tuple(lengths), frame[payload_at:])
+    return _Header(
+        level,
+        dtype,
+        shape,
+        profile_id,
+        lowest if joined else None,
+        tuple(modes >> 2 * i & 3 for i in range(count)),
+        tuple(lengths),
+        frame[payload_at:],
+    )
 
 
 def _unpacked(header: _Header) -> list[Bytes]:
@@ -290,19 +301,20 @@ def _unpacked(header: _Header) -> list[Bytes]:
     elements = math.prod(header.shape)
     sizes: tuple[int, ...]
     if header.level == INT8:
-        sizes = (elements, codec_int8.SCALE_BYTES * codec_int8.groups(elements))
+        sizes = codec_int8.sizes(elements)
     else:
-        sizes = tuple(width * elements for width in planes.widths(ITEM_BYTES[header.dtype]))
+        sizes = codec_planes.sizes(header.dtype, elements, joined=header.lowest is not None)
     unpacked = []
     at = 0
     for mode, length, size in zip(header.modes, header.lengths, sizes, strict=True):
-        unpacked.append(planes.unpack(mode, header.payload[at : at + length], size))
+        unpacked.append(codec_coder.unpack(mode, header.payload[at : at + length], size))
         at += length
     return unpacked
 
 
 def _profile_of(header: _Header, profiles: Mapping[int, Profile]) -> Profile:
     profile = profiles.get(header.profile_id)
-    if profile is None or not profile.fits(header.dtype, header.shape):
+    joined = header.lowest is not None
+    if profile is None or not profile.fits(header.dtype, header.shape, joined=joined):
         raise FrameError(f"no fitting profile {header.profile_id:#010x} was announced")
     return profile

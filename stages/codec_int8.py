@@ -8,24 +8,23 @@ group's largest one.
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.codec_planes import Bytes
+from stages.codec_coder import Bytes
 
 GROUP = 64
-SCALE_BYTES = 2
 SMALLEST_SCALE = np.finfo(np.float32).smallest_normal  # a subnormal one may be read as zero
 
 _LARGEST = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 
 
-def groups(elements: int) -> int:
-    """How many scales that many elements have; groups run on over rows, the last may be short."""
-    return -(-elements // GROUP)
+def sizes(elements: int) -> tuple[int, int]:
+    """Bytes of the two planes of that many elements."""
+    return elements, 2 * _groups(elements)
 
 
 def quantized(elements: Bytes, dtype: str) -> list[Bytes] | None:
     """The planes [one int8 an element, one bfloat16 scale a group], or None beside a NaN or inf."""
     x = _widened(elements, dtype)
-    padded = np.zeros(groups(x.size) * GROUP, np.float32)
+    padded = np.zeros(_groups(x.size) * GROUP, np.float32)
     padded[: x.size] = x
     grouped = padded.reshape(-1, GROUP)
     largest = np.maximum(grouped.max(axis=1), -grouped.min(axis=1))
@@ -41,13 +40,18 @@ def quantized(elements: Bytes, dtype: str) -> list[Bytes] | None:
 def restored(planes: list[Bytes], dtype: str) -> Bytes:
     """Elements of the planes that `quantized` made, rounded to the dtype; always finite."""
     count = planes[0].size
-    padded = np.zeros(groups(count) * GROUP, np.float32)
+    padded = np.zeros(_groups(count) * GROUP, np.float32)
     padded[:count] = planes[0].view(np.int8)
     with np.errstate(over="ignore", invalid="ignore"):  # clipped below, whatever a peer has sent
         padded.reshape(-1, GROUP)[:] *= _float32(planes[1].view(np.uint16))[:, None]
     np.nan_to_num(padded, copy=False)
     np.clip(padded, -_LARGEST[dtype], _LARGEST[dtype], out=padded)
     return _narrowed(padded[:count], dtype)
+
+
+def _groups(elements: int) -> int:
+    """How many scales they have; groups run on over rows, and the last may be short."""
+    return -(-elements // GROUP)
 
 
 def _float32(bfloat16: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
-"""What a boundary's first rows teach about its channels: one exponent base each.
+"""What a boundary's first rows teach about its channels: one base each, to take from plane 0.
 
 A channel's exponents lie close together, but about another value in each channel; less its base,
-they all lie about zero and one Huffman table serves them better. A profile is sent once for a
+they all lie about zero and one Huffman table serves them better. (Plane 0 ends in mantissa bits, so
+a base is in halves or eighths of an octave, which fits better still.) A profile is sent once for a
 connection and used only after it was acknowledged.
 """
 
@@ -13,13 +14,14 @@ from functools import cached_property
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from stages.codec_planes import Buffer, Bytes, split
+from stages.codec_coder import Buffer, Bytes
+from stages.codec_planes import JOINABLE, split
 from stages.errors import FrameError
 
 SMALLEST_ROWS = 64  # fewer teach a channel's noise
 LEARNING_ROWS = 256  # what to wait for: with 64, a profile gains half as much
 LEARNING_ROUNDS = 6
-REACH = 4  # how far beyond the medians a base may lie
+REACH = 8  # how far beyond the medians a base may lie
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _START = struct.Struct("<2sBB")
@@ -27,7 +29,7 @@ _START = struct.Struct("<2sBB")
 
 @dataclass(frozen=True)
 class Profile:
-    """Exponent bases of a boundary's channels: `bases` holds one byte a channel."""
+    """The bases of a boundary's channels, one byte each."""
 
     dtype: str
     bases: bytes
@@ -43,7 +45,10 @@ class Profile:
         itemsize = 4 if dtype == "float32" else 2
         if dtype not in _DTYPES or not rows.size >= SMALLEST_ROWS * channels * itemsize > 0:
             raise ValueError(f"{dtype} of shape {tuple(shape)} is too little to learn from")
-        return cls(dtype, _aligned(split(rows, itemsize)[0].reshape(-1, channels)).tobytes())
+        first = split(rows, dtype)
+        if (first.lowest is None) == (dtype in JOINABLE):
+            raise ValueError("exponents lie too far apart to learn from")
+        return cls(dtype, _aligned(first.planes[0].reshape(-1, channels)).tobytes())
 
     @cached_property
     def id(self) -> int:
@@ -64,9 +69,10 @@ class Profile:
             raise FrameError(f"not a profile of version 1: starts with {announced[:4]!r}")
         return cls(_DTYPES[dtype], announced[_START.size :])
 
-    def fits(self, dtype: str, shape: Sequence[int]) -> bool:
-        """Whether a tensor of that dtype and shape has these channels."""
-        return dtype == self.dtype and len(shape) > 0 and shape[-1] == len(self.bases)
+    def fits(self, dtype: str, shape: Sequence[int], *, joined: bool) -> bool:
+        """Whether a tensor of that dtype and shape, its planes joined or not, has these bases."""
+        of_this_kind = dtype == self.dtype and joined == (dtype in JOINABLE)
+        return of_this_kind and len(shape) > 0 and shape[-1] == len(self.bases)
 
     def centre(self, exponents: Bytes) -> None:
         """Takes the bases from plane 0, modulo 256, in place."""
