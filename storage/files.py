@@ -97,7 +97,15 @@ class LocalFiles:
         """Write a file that must not exist; FileExistsError if somebody was first."""
         target = self.root / name
         with _stores(self.shown, name), self._temporary(target, content) as temporary:
-            self._link(temporary, target)
+            try:
+                self._link(temporary, target)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                raise UnsupportedStoreError(
+                    f"{self.shown}: no hard links here ({error.strerror}), so a commit could not"
+                    " be exclusive; put the store on another filesystem"
+                ) from error
             self._sync_folder(target.parent)
 
     def remove(self, name: str) -> None:
@@ -146,15 +154,7 @@ class LocalFiles:
         temporary.replace(target)
 
     def _link(self, temporary: Path, target: Path) -> None:
-        try:
-            target.hardlink_to(temporary)
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            raise UnsupportedStoreError(
-                f"{self.shown}: no hard links here ({error.strerror}), so a commit could not be"
-                " exclusive; put the store on another filesystem"
-            ) from error
+        target.hardlink_to(temporary)
 
     def _unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)

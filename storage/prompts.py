@@ -148,15 +148,17 @@ class RowReader:
         sampling = self._sampling(raw) if raw.sampling else {}
         if raw.chat:
             messages = self._messages(raw)
+            prompt = None
             head = "\0".join(f"{turn['role']}\0{turn['content']}" for turn in messages)
             length = sum(len(turn["content"]) for turn in messages)
-            content = self._encode({"messages": messages, "sampling": sampling})
-            prompt = None
+            content = f"messages\0{self._encode(messages)}"
         else:
             messages = None
             head = prompt = self._text(raw, raw.content, self._names.prompt)
             length = len(prompt)
-            content = self._encode({"prompt": prompt, "sampling": sampling})
+            content = f"prompt\0{prompt}"
+        if sampling:  # no text holds a NUL, so different rows spell different contents
+            content = f"{content}\0{self._encode(sampling)}"
         return PromptRow(
             raw.row,
             custom_id,
@@ -172,9 +174,8 @@ class RowReader:
         value, column = raw.custom_id, self._names.custom_id
         if value is None or value == "":
             self._refuse(raw, column, "has no id; every row needs one")
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        text = self._text(raw, value, column)
+        whole_number = isinstance(value, int) and not isinstance(value, bool)
+        text = str(value) if whole_number else self._text(raw, value, column)
         if not text.strip():
             self._refuse(raw, column, "has no id, only white space")
         if len(text) > MAX_ID_CHARACTERS:
@@ -217,7 +218,7 @@ class RowReader:
         for key in ("role", "content"):
             self._text(raw, turn.get(key), f"{place}.{key}")
         return {
-            key: self._text(raw, value, f"{place}.{key}")
+            self._text(raw, key, place): self._text(raw, value, f"{place}.{key}")
             for key, value in turn.items()
             if value is not None
         }
@@ -241,7 +242,7 @@ class RowReader:
         if not isinstance(value, int | float) or isinstance(value, bool):
             held = TYPE_NAMES.get(type(value), "no number")
             self._refuse(raw, column, f"holds {held}; {name} needs a number")
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             self._refuse(raw, column, f"holds {value}; {name} needs a finite number")
         return value
 

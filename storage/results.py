@@ -83,6 +83,8 @@ class ResultWriter:
         self._clock = clock
         self._pending: list[ResultRow] = []
         self._oldest_s = 0.0
+        self._attempt: Part | None = None
+        """The part of a commit that has not been answered yet."""
         self._states = np.where(done.terminal, np.uint8(_THEIRS), np.uint8(_OPEN))
         self.committed = 0
         """Rows that this writer has finished."""
@@ -121,28 +123,32 @@ class ResultWriter:
         return self.pending >= COMMIT_ROWS or self._clock() - self._oldest_s >= COMMIT_S
 
     def commit(self) -> int:
-        """Finish all waiting rows; how many. After a StoreError they still wait: commit again.
+        """Finish all waiting rows; how many. After a StoreError they wait on: commit again.
 
         Raises CommitConflictError if other writers win every race.
         """
+        before = self.committed
         for _ in range(MAX_RACES):
             self._catch_up()
             if not self._pending:
-                return 0
-            part = write_part(self._store.files, self._table())
+                return self.committed - before
+            part = self._attempt = write_part(self._store.files, self._table())
             newest = max(self._pending, key=lambda row: row.epoch or 0)
             entry = new_entry("append", added=(part,), plan=newest.plan, epoch=newest.epoch)
             done = self._store.append(self._known, entry)
             if done is not None:
-                return self._finished(done, part)
+                self._known = done
+                self._finish(part)
+                return self.committed - before
+            self._attempt = None
             remove_part(self._store.files, part.name)
         raise self._store.race_lost()
 
-    def _finished(self, done: Snapshot, part: Part) -> int:
-        self._known = done
-        self._pending.clear()
+    def _finish(self, part: Part) -> None:
+        """The oldest waiting rows, which the part holds, are committed."""
+        del self._pending[: part.rows]
+        self._attempt = None
         self.committed += part.rows
-        return part.rows
 
     def _catch_up(self) -> None:
         """Read what others committed since, and drop waiting rows that are terminal by now."""
@@ -150,6 +156,8 @@ class ResultWriter:
         if not entries:
             return
         latest = replay(self._known, entries)
+        if self._attempt is not None and self._attempt.name in latest.parts:
+            self._finish(self._attempt)  # its commit was answered with an error, and had succeeded
         if unknown := new_parts(self._known, entries):
             parts = self._store.part_rows(Snapshot(parts={part.name: part for part in unknown}))
             theirs, _ = terminal_rows(self._store, self._base.snapshot, parts)
