@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 from stages.attention import ATTENTION
 from stages.errors import CheckpointError, UnsupportedModelError
@@ -23,6 +24,9 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Frequencies that follow the longest row of the batch: a row's numbers would hang on others."""
 TEXT_PART = {"gemma3"}
 """Composite models whose text part we know how to find in the checkpoint."""
+
+_silence_progress_bars: Any = logging.disable_progress_bar
+_silence_progress_bars()  # a stage's stderr is its log
 
 
 class PassThrough(nn.Module):
@@ -53,12 +57,23 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{folder / 'config.json'}: {error}") from error
+    text = _text_part(folder, config)
+    refuse_what_we_would_guess(text)
+    return text
+
+
+def _text_part(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
+    """The config itself, or its text part with what the whole decides for it."""
     text: PretrainedConfig = config.get_text_config()
-    if text is not config and config.model_type not in TEXT_PART:
+    if text is config:
+        return config
+    if config.model_type not in TEXT_PART:
         raise UnsupportedModelError(
             f"{folder}: {config.model_type} is made of several models; only a text model can be run"
         )
-    refuse_what_we_would_guess(text)
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.dtype = text.dtype or config.dtype
+    text.quantization_config = getattr(config, "quantization_config", None)
     return text
 
 

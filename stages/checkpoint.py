@@ -21,10 +21,10 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from stages.architecture import Model
 from stages.errors import CheckpointError, UnsupportedModelError
@@ -84,6 +84,10 @@ class Checkpoint:
         """Names of all tensors, whichever shard needs them."""
         return tuple(self._file_of)
 
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.folder / self._file_of[name]
+
     def tensor(self, name: str) -> StoredTensor:
         """The tensor of that name, unread; CheckpointError if its file is missing or lacks it."""
         file_name = self._file_of[name]
@@ -137,8 +141,6 @@ def fill(
     """
     dtype = model.dtype
     wanted = _wanted(model, whole, checkpoint)
-    silence: Any = logging.disable_progress_bar
-    silence()
     found, _ = convert_and_load_state_dict_in_model(
         model,
         {name: checkpoint.tensor(name) for name in wanted},
@@ -149,11 +151,11 @@ def fill(
             weight_mapping=_conversions(model),
         ),
     )
-    for name, reason in found.conversion_errors.items():
-        raise CheckpointError(f"{checkpoint.folder}: tensor {name} cannot be converted: {reason}")
-    for name, stored, expected in sorted(found.mismatched_keys):
+    for target, reason in found.conversion_errors.items():
+        raise CheckpointError(f"{_where(checkpoint, wanted, target)}: {reason.splitlines()[-1]}")
+    for target, stored, expected in sorted(found.mismatched_keys):
         raise CheckpointError(
-            f"{checkpoint.folder}: tensor {name} is {list(stored)}, "
+            f"{_where(checkpoint, wanted, target)}: it is {list(stored)}, "
             f"the config asks for {list(expected)}"
         )
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
@@ -165,22 +167,28 @@ def fill(
     _rebuild_buffers(model, device)
 
 
-def _wanted(model: Model, whole: dict[str, Tensor], checkpoint: Checkpoint) -> list[str]:
-    """Names of the stored tensors that this model needs; CheckpointError for one nobody needs."""
+def _wanted(model: Model, whole: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
+    """Stored tensors that this model needs, and for which of its own; refuse one nobody needs."""
     transforms = _conversions(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     own = model.state_dict()
-    wanted = []
-    for name in sorted(checkpoint.names):
+    wanted = {}
+    for name in sorted(checkpoint.names, key=dot_natural_key):
         target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, whole)
         if target in own:
-            wanted.append(name)
+            wanted[name] = target
         elif target not in whole and not _may_be_ignored(model, name, target):
             raise CheckpointError(
-                f"{checkpoint.folder}: tensor {name} belongs to no part of {type(model).__name__}"
+                f"{checkpoint.path_of(name)}: tensor {name} is no part of a {type(model).__name__}"
             )
     return wanted
+
+
+def _where(checkpoint: Checkpoint, wanted: dict[str, str], target: str) -> str:
+    """The file and the stored name of what became a model's tensor."""
+    name = next(name for name, its_target in wanted.items() if its_target == target)
+    return f"{checkpoint.path_of(name)}: tensor {name}"
 
 
 def _conversions(model: Model) -> list[Any]:
