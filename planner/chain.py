@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import Floats
+from planner.cost import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ def best_split(ring: Ring) -> Split | None:
     low, high = 0, len(candidates)
     while low < high:
         middle = (low + high) // 2
-        split = _at(ring, candidates[middle])
+        split = split_within(ring, candidates[middle])
         if split is not None and split.row_s <= candidates[middle] * (1 + 1e-12):
             high = middle
         else:
             low = middle + 1
-    around = [_at(ring, candidates[i]) for i in (low - 1, low) if 0 <= i < len(candidates)]
+    around = [split_within(ring, candidates[i]) for i in (low - 1, low) if 0 <= i < len(candidates)]
     return min((s for s in around if s), key=lambda s: (s.row_s, s.life_s), default=None)
 
 
@@ -63,7 +63,7 @@ def _candidates(ring: Ring) -> Floats:
     return np.asarray(values[values >= floor], np.float64)
 
 
-def _at(ring: Ring, longest_s: float) -> Split | None:
+def split_within(ring: Ring, longest_s: float) -> Split | None:
     """The split of least life in which no stage or link is busy for longer than `longest_s`."""
     layers = fill(ring.busy_s, longest_s, ring.busy_s.shape[1])
     if layers is None:
@@ -94,7 +94,7 @@ def fill(busy_s: Floats, longest_s: float, layers: int) -> tuple[int, ...] | Non
     return _fill_by_table(busy_s, most, layers)
 
 
-def _convex(busy_s: Floats, most: Floats) -> bool:
+def _convex(busy_s: Floats, most: Ints) -> bool:
     """Whether each further layer of a stage costs at least as much as the one before it."""
     inside = np.arange(busy_s.shape[1])[None, 2:] < most[:, None]
     with np.errstate(invalid="ignore"):
@@ -102,7 +102,7 @@ def _convex(busy_s: Floats, most: Floats) -> bool:
     return not bool((inside & (bend < -1e-12 * busy_s[:, :1])).any())
 
 
-def _fill_fastest_first(busy_s: Floats, most: Floats, layers: int) -> tuple[int, ...]:
+def _fill_fastest_first(busy_s: Floats, most: Ints, layers: int) -> tuple[int, ...]:
     """Convex tables: the cheapest next layer first is optimal (Gross 1956)."""
     with np.errstate(invalid="ignore"):
         steps = np.diff(busy_s, 1)
@@ -112,7 +112,36 @@ def _fill_fastest_first(busy_s: Floats, most: Floats, layers: int) -> tuple[int,
     return tuple(int(n) for n in 1 + np.bincount(stage[order], minlength=len(most)))
 
 
-def _fill_by_table(busy_s: Floats, most: Floats, layers: int) -> tuple[int, ...]:
+def least_fill_s(hull_s: Floats, most: Ints, layers: int) -> tuple[float, tuple[int, ...]]:
+    """A lower bound of a fill's total busy time by convex minorants, and the fill that it suggests."""
+    split = _fill_fastest_first(hull_s, most, layers)
+    return float(hull_s[np.arange(len(most)), np.array(split) - 1].sum()), split
+
+
+def convex_minorant(busy_s: Floats) -> Floats:
+    """The greatest convex table below each row's finite part (its lower hull)."""
+    hulls = busy_s.copy()
+    for row, hull in zip(busy_s, hulls, strict=True):
+        finite = int(np.isfinite(row).sum())
+        if finite > 2 and (np.diff(row[:finite], 2) < -1e-12 * row[0]).any():
+            corners = _lower_corners(row[:finite].tolist())
+            hull[:finite] = np.interp(np.arange(finite), corners, row[corners])
+    return hulls
+
+
+def _lower_corners(values: list[float]) -> list[int]:
+    corners: list[int] = []
+    for x, y in enumerate(values):
+        while len(corners) > 1:
+            a, b = corners[-2], corners[-1]
+            if (values[b] - values[a]) * (x - a) < (y - values[a]) * (b - a):
+                break
+            corners.pop()
+        corners.append(x)
+    return corners
+
+
+def _fill_by_table(busy_s: Floats, most: Ints, layers: int) -> tuple[int, ...]:
     """Any tables: least[l] after each stage is the least total busy time of l layers."""
     least = np.full(layers + 1, np.inf)
     least[0] = 0.0

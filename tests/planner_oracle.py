@@ -5,6 +5,8 @@ import math
 import random
 from collections.abc import Iterator
 
+import numpy as np
+
 from planner.cost import (
     PARKED_KV,
     STREAM_BUFFERS,
@@ -19,6 +21,8 @@ from planner.cost import (
 )
 from planner.facts import Cluster, CodecRate, Lengths, Link, ModelShape, Node, Workload
 from planner.layer_times import decode_layer_s, head_s, prefill_layer_s
+
+Tables = dict[tuple[str, Role, Cell], list[float]]
 
 
 def stage_busy_s(
@@ -120,40 +124,88 @@ def splits(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
 
 
 def ring_row_s(
-    cluster: Cluster, model: ModelShape, work: Workload, cell: Cell, order: tuple[Node, ...]
+    cluster: Cluster,
+    model: ModelShape,
+    work: Workload,
+    cell: Cell,
+    order: tuple[Node, ...],
+    known: Tables | None = None,
 ) -> float:
-    """Least seconds per row of a ring in this order: all splits, offloads and codecs tried."""
+    """Least seconds per row of a ring in this order: all splits, offloads and codecs tried.
+
+    `known` keeps the stages' tables between calls for one problem.
+    """
     n = len(order)
-    ends = list(zip(order, (*order[1:], order[0]), strict=True))
-    links: list[list[tuple[float, float]]] = []
-    if n > 1:
-        for a, b in ends[:-1]:
-            links.append(link_costs(cluster.link(a.name, b.name), (a, b), model, work, cell))
-        a, b = ends[-1]
-        links.append([return_cost(cluster.link(a.name, b.name), (a, b), work, cell)])
-    tables = [_table(order, i, model, work, cell) for i in range(n)]
+    tables = np.array(_table(order, model, work, cell, {} if known is None else known))
+    chosen = np.array(list(splits(model.layers, n)), np.int64).reshape(-1, n)
+    if not len(chosen):
+        return math.inf
+    busy = tables[np.arange(n)[None, :], chosen - 1]
+    longest_stage, stages_s = busy.max(axis=1), busy.sum(axis=1)
     best = math.inf
-    for codecs in itertools.product(*links):
-        longest_link = max((c[0] for c in codecs), default=0.0)
-        hops = sum(c[1] for c in codecs)
-        if longest_link >= best:
-            continue
-        for split in splits(model.layers, n):
-            busy = [tables[i][k - 1] for i, k in enumerate(split)]
-            life = cell.micro_batch_rows * sum(busy) + hops
-            best = min(best, max(longest_link, *busy, life / cell.rows))
+    for codecs in itertools.product(*_ring_links(cluster, model, work, cell, order)):
+        longest = np.maximum(longest_stage, max((c[0] for c in codecs), default=0.0))
+        life = cell.micro_batch_rows * stages_s + sum(c[1] for c in codecs)
+        best = min(best, float(np.maximum(longest, life / cell.rows).min()))
+    return best
+
+
+def _ring_links(
+    cluster: Cluster, model: ModelShape, work: Workload, cell: Cell, order: tuple[Node, ...]
+) -> list[list[tuple[float, float]]]:
+    if len(order) == 1:
+        return []
+    links = [
+        link_costs(cluster.link(a.name, b.name), (a, b), model, work, cell)
+        for a, b in itertools.pairwise(order)
+    ]
+    a, b = order[-1], order[0]
+    return [*links, [return_cost(cluster.link(a.name, b.name), (a, b), work, cell)]]
+
+
+def best_rate(
+    cluster: Cluster, model: ModelShape, work: Workload, tried: tuple[Cell, ...]
+) -> float:
+    """The greatest total rate of disjoint rings: all subsets, orders, splits and combinations."""
+    nodes = cluster.nodes
+    rate: dict[frozenset[str], float] = {}
+    known: Tables = {}
+    for size in range(1, len(nodes) + 1):
+        for order in itertools.permutations(nodes, size):
+            key = frozenset(node.name for node in order)
+            for cell in tried:
+                row_s = ring_row_s(cluster, model, work, cell, order, known)
+                rate[key] = max(rate.get(key, 0.0), 1.0 / row_s)
+    return _best_partition(frozenset(node.name for node in nodes), rate)
+
+
+def _best_partition(left: frozenset[str], rate: dict[frozenset[str], float]) -> float:
+    if not left:
+        return 0.0
+    one = min(left)
+    best = _best_partition(left - {one}, rate)
+    rest = sorted(left - {one})
+    for size in range(len(rest) + 1):
+        for others in itertools.combinations(rest, size):
+            block = frozenset((one, *others))
+            best = max(best, rate[block] + _best_partition(left - block, rate))
     return best
 
 
 def _table(
-    order: tuple[Node, ...], place: int, model: ModelShape, work: Workload, cell: Cell
-) -> list[float]:
-    role = Role.FIRST if place == 0 else Role.MIDDLE
-    if place == len(order) - 1:
-        role |= Role.LAST
-    return [
-        best_stage_s(order[place], model, work, cell, role, k) for k in range(1, model.layers + 1)
-    ]
+    order: tuple[Node, ...], model: ModelShape, work: Workload, cell: Cell, known: Tables
+) -> list[list[float]]:
+    tables = []
+    for place, node in enumerate(order):
+        role = Role.FIRST if place == 0 else Role.MIDDLE
+        if place == len(order) - 1:
+            role |= Role.LAST
+        key = (node.name, role, cell)
+        if key not in known:
+            counts = range(1, model.layers + 1)
+            known[key] = [best_stage_s(node, model, work, cell, role, k) for k in counts]
+        tables.append(known[key])
+    return tables
 
 
 def random_case(seed: int, nodes: int, layers: int) -> tuple[Cluster, ModelShape, Workload]:
