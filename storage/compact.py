@@ -5,6 +5,7 @@ crash at any step leaves either the old parts or the new ones live, and at worst
 entry names.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,8 @@ from storage.log import Part, Snapshot
 from storage.parts import read_part, remove_part, write_part
 from storage.sql import connection, own_query
 from storage.store import MAX_RACES, JobStore, new_entry
+
+log = logging.getLogger(__name__)
 
 MAX_LIVE_PARTS = 500  # every query opens every part; at 2,000 it takes ten times as long
 MERGED_BYTES = 64 * 2**20
@@ -52,8 +55,16 @@ def compact(store: JobStore, grace_s: float = GRACE_S) -> Compaction:
         before = store.snapshot()
         merged = _merge(store, before)
         if merged is not None:
-            deleted = _delete_replaced(store, store.snapshot(), grace_s)
-            return Compaction(*merged, deleted)
+            done = Compaction(*merged, _delete_replaced(store, store.snapshot(), grace_s))
+            log.info(
+                "parts compacted job=%s merged=%d written=%d superseded_rows=%d deleted=%d",
+                store.job,
+                done.merged,
+                done.written,
+                done.superseded_rows,
+                done.deleted,
+            )
+            return done
     raise store.race_lost()
 
 

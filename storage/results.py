@@ -4,6 +4,7 @@
 whoever loses the race for an entry drops what is terminal by now and writes its part anew.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,6 +20,8 @@ from storage.parts import remove_part, write_part
 from storage.progress import Progress, terminal_rows
 from storage.schema import RESULT_SCHEMA
 from storage.store import MAX_RACES, JobStore, new_entry
+
+log = logging.getLogger(__name__)
 
 COMMIT_ROWS = 1000
 COMMIT_S = 10.0
@@ -105,6 +108,8 @@ class ResultWriter:
         """Take a finished row; DuplicateRowError if this writer has had it before."""
         if row.job != self._store.job:
             raise ValueError(f"a row of job {row.job!r} in the store of {self._store.job!r}")
+        if not 0 <= row.row_id < len(self._states):
+            raise ValueError(f"row {row.row_id} is outside the input of {len(self._states)} rows")
         state = self._states[row.row_id]
         if state == _OURS:
             raise DuplicateRowError(f"row {row.row_id} ({row.custom_id}) was appended twice")
@@ -139,7 +144,14 @@ class ResultWriter:
             if done is not None:
                 self._known = done
                 self._finish(part)
+                log.info(
+                    "rows committed job=%s entry=%d rows=%d",
+                    self._store.job,
+                    done.number,
+                    part.rows,
+                )
                 return self.committed - before
+            log.warning("commit overtaken job=%s after=%d", self._store.job, self._known.number)
             self._attempt = None
             remove_part(self._store.files, part.name)
         raise self._store.race_lost()

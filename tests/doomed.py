@@ -7,12 +7,13 @@ from pathlib import Path
 
 from storage.compact import compact
 from storage.files import LocalFiles
+from storage.index import built_index
 from storage.progress import progress, unanswered
 from storage.prompts import PromptSource
 from storage.results import ResultWriter
 from storage.store import JobStore
 from storage.verify import verify
-from tests.stored import answer
+from tests.stored import FINGERPRINT, answer
 
 
 class DyingFiles(LocalFiles):
@@ -65,6 +66,15 @@ def doomed(folder: Path, source: PromptSource, steps: int) -> None:
     (folder / "acknowledged").touch()
     compact(store, grace_s=0.0)
     verify(store)
+    (folder / "survived").touch()
+
+
+def doomed_beginning(folder: Path, source: PromptSource, steps: int) -> None:
+    """Begin the job and set its input."""
+    store = JobStore(DyingFiles(folder / "demo", steps), "demo")
+    with built_index(source) as index:
+        store.begin(FINGERPRINT, {})
+        store.set_input(index)
     (folder / "survived").touch()
 
 

@@ -160,5 +160,5 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-StoreMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=12, deadline=None)
 test_no_order_of_events_loses_or_repeats_a_row = StoreMachine.TestCase

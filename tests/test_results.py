@@ -20,7 +20,7 @@ from storage.results import COMMIT_ROWS, COMMIT_S, ResultRow, ResultWriter
 from storage.schema import RESULT_SCHEMA
 from storage.store import JobStore, new_entry
 from storage.verify import verify
-from tests.doomed import doomed, race
+from tests.doomed import doomed, doomed_beginning, race
 from tests.stored import answer, begun, prompts_at, run
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -100,10 +100,13 @@ def test_a_row_that_contradicts_itself_is_refused(store: JobStore, source: Promp
         replace(answer(rows[0]), finished_at=datetime(2030, 1, 1))
 
 
-def test_a_row_of_another_job_is_refused(store: JobStore, source: PromptSource) -> None:
+def test_a_row_of_another_job_or_input_is_refused(store: JobStore, source: PromptSource) -> None:
     writer, rows = started(store, source)
     with pytest.raises(ValueError, match="other"):
         writer.append(answer(rows[0], job="other"))
+    for row_id in (-1, 6):
+        with pytest.raises(ValueError, match="outside the input of 6 rows"):
+            writer.append(replace(answer(rows[0]), row_id=row_id))
 
 
 def test_a_commit_is_due_after_a_thousand_rows_or_ten_seconds(tmp_path: Path) -> None:
@@ -248,6 +251,23 @@ def test_killed_at_any_step_of_a_commit_no_row_is_lost_or_repeated(
         finishes_the_same(folder, source)
         assert steps < 100
     assert steps > 20  # the hook has seen the part, the entry, the merged part and its entry
+
+
+def test_killed_while_it_begins_a_job_begins_again(tmp_path: Path, source: PromptSource) -> None:
+    steps = 0
+    while not (tmp_path / f"killed-{steps}" / "survived").exists():
+        steps += 1
+        folder = tmp_path / f"killed-{steps}"
+        folder.mkdir()
+        process = PROCESSES.Process(target=doomed_beginning, args=(folder, source, steps))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        store = begun(str(folder), source)
+        assert progress(store).pending == 6
+        assert store.snapshot().number == 1
+        assert steps < 100
+    assert steps > 15  # the hook has seen the job's file, the index and the first entry
 
 
 def finishes_the_same(folder: Path, source: PromptSource) -> None:
