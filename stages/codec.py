@@ -7,7 +7,7 @@ ends share is a `Profile`, which the sender uses only after the receiver has ack
 Little-endian, and written so that it is never longer than raw plus its header:
 
     "WA" | version u8 | level u8 | dtype u8 | dimensions u8
-    modes u8: 2 bits a plane, 0x80 if its planes are joined | lowest exponent u8 (joined; else 0)
+    modes u8: 2 bits a plane, 0x80 if its planes are joined | 0
     xxh3-64 u64, over every other byte of the frame
     dimension u32, each
     level fast, int8: profile u32 (0: none) | stored length u32, each plane
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from xxhash import xxh3_64
 
 from stages import codec_coder, codec_int8, codec_planes
@@ -95,7 +96,7 @@ class _Header:
     dtype: str
     shape: tuple[int, ...]
     profile_id: int
-    lowest: int | None
+    joined: bool
     modes: tuple[int, ...]
     lengths: tuple[int, ...]
     payload: memoryview
@@ -123,7 +124,7 @@ def encode(
             coded = _encode_int8(elements, dtype, shape)
         if level != RAW and coded is None:
             coded = _encode_fast(elements, dtype, shape, profile)
-    return coded or _sealed(RAW, dtype, shape, 0, 0, b"", (elements.data,))
+    return coded or _sealed(RAW, dtype, shape, 0, b"", (elements.data,))
 
 
 def encode_pieces(
@@ -169,10 +170,8 @@ def decode(
     elif header.level == INT8:
         elements = codec_int8.restored(_unpacked(header), header.dtype)
     else:
-        split = Planes(_unpacked(header), header.lowest)
-        if header.profile_id:
-            split.planes[0] = _profile_of(header, profiles or {}).restored(split.planes[0])
-        elements = codec_planes.merge(split, header.dtype)
+        split = Planes(_unpacked(header), header.joined)
+        elements = codec_planes.merge(split, header.dtype, _bases_of(header, profiles or {}))
     return Decoded(header.dtype, header.shape, elements, header.level)
 
 
@@ -202,11 +201,12 @@ def _encode_fast(
     elements: Bytes, dtype: str, shape: Sequence[int], profile: Profile | None
 ) -> Encoded | None:
     """The frame of coded planes, or None where raw is no longer."""
-    split = codec_planes.split(elements, dtype)
-    if profile is None or not profile.fits(dtype, shape, joined=split.lowest is not None):
+    if profile is None or not profile.fits(dtype, shape):
+        split = codec_planes.split(elements, dtype, None)
         return _smaller(FAST, elements, dtype, shape, 0, split)
-    profile.centre(split.planes[0])
-    return _smaller(FAST, elements, dtype, shape, profile.id, split)
+    split = codec_planes.split(elements, dtype, profile.row)
+    used = split.joined or dtype not in codec_planes.JOINABLE
+    return _smaller(FAST, elements, dtype, shape, profile.id if used else 0, split)
 
 
 def _smaller(
@@ -220,9 +220,9 @@ def _smaller(
     if sum(map(len, payload)) + len(table) >= elements.size:
         return None
     modes = sum(mode << 2 * i for i, (mode, _) in enumerate(packed))
-    if split.lowest is not None:
+    if split.joined:
         modes |= _JOINED
-    return _sealed(level, dtype, shape, modes, split.lowest or 0, table, payload)
+    return _sealed(level, dtype, shape, modes, table, payload)
 
 
 def _sealed(
@@ -230,13 +230,12 @@ def _sealed(
     dtype: str,
     shape: Sequence[int],
     modes: int,
-    lowest: int,
     table: bytes,
     payload: Sequence[Part],
 ) -> Encoded:
     """The frame of these parts, its checksum in place."""
     start = _START.pack(
-        b"WA", _VERSION, LEVELS.index(level), DTYPES.index(dtype), len(shape), modes, lowest
+        b"WA", _VERSION, LEVELS.index(level), DTYPES.index(dtype), len(shape), modes, 0
     )
     rest = struct.pack(f"<{len(shape)}I", *shape) + table
     checksum = xxh3_64(start)
@@ -251,10 +250,10 @@ def _opened(frame: memoryview, max_bytes: int) -> _Header:
     """The frame's header, once its checksum, names, bounds and lengths have been found right."""
     if len(frame) < _DIMENSIONS_AT:
         raise FrameError(f"{len(frame)} bytes are too few for a frame")
-    magic, version, level, dtype, ndim, _, _ = _START.unpack_from(frame)
+    magic, version, level, dtype, ndim, _, zero = _START.unpack_from(frame)
     if magic != b"WA" or version != _VERSION:
         raise FrameError(f"not a frame of version {_VERSION}: starts with {bytes(frame[:3])!r}")
-    if level >= len(LEVELS) or dtype >= len(DTYPES) or ndim > MAX_DIMENSIONS:
+    if level >= len(LEVELS) or dtype >= len(DTYPES) or ndim > MAX_DIMENSIONS or zero:
         raise FrameError(f"no such frame: level {level}, dtype {dtype}, {ndim} dimensions")
     checksum = xxh3_64(frame[: _START.size])
     checksum.update(frame[_DIMENSIONS_AT:])
@@ -265,9 +264,9 @@ def _opened(frame: memoryview, max_bytes: int) -> _Header:
 
 def _described(frame: memoryview, level: str, dtype: str, max_bytes: int) -> _Header:
     """The header's variable part; the checksum stands, so a lie here is a lie of the sender."""
-    _, _, _, _, ndim, modes, lowest = _START.unpack_from(frame)
+    ndim, modes = frame[5], frame[6]
     joined = bool(modes & _JOINED)
-    if joined > (level == FAST and dtype in codec_planes.JOINABLE) or lowest > 255 * joined:
+    if joined and (level != FAST or dtype not in codec_planes.JOINABLE):
         raise FrameError(f"{dtype} at level {level} has no joined planes")
     count = 0 if level == RAW else len(_INT8_CODERS if level == INT8 else _CODERS[dtype])
     table_at = _DIMENSIONS_AT + 4 * ndim
@@ -289,7 +288,7 @@ def _described(frame: memoryview, level: str, dtype: str, max_bytes: int) -> _He
         dtype,
         shape,
         profile_id,
-        lowest if joined else None,
+        joined,
         tuple(modes >> 2 * i & 3 for i in range(count)),
         tuple(lengths),
         frame[payload_at:],
@@ -303,7 +302,7 @@ def _unpacked(header: _Header) -> list[Bytes]:
     if header.level == INT8:
         sizes = codec_int8.sizes(elements)
     else:
-        sizes = codec_planes.sizes(header.dtype, elements, joined=header.lowest is not None)
+        sizes = codec_planes.sizes(header.dtype, elements, joined=header.joined)
     unpacked = []
     at = 0
     for mode, length, size in zip(header.modes, header.lengths, sizes, strict=True):
@@ -312,9 +311,11 @@ def _unpacked(header: _Header) -> list[Bytes]:
     return unpacked
 
 
-def _profile_of(header: _Header, profiles: Mapping[int, Profile]) -> Profile:
+def _bases_of(header: _Header, profiles: Mapping[int, Profile]) -> NDArray[np.uint16] | None:
+    if not header.profile_id:
+        return None
     profile = profiles.get(header.profile_id)
-    joined = header.lowest is not None
-    if profile is None or not profile.fits(header.dtype, header.shape, joined=joined):
+    misused = header.joined != (header.dtype in codec_planes.JOINABLE)
+    if profile is None or misused or not profile.fits(header.dtype, header.shape):
         raise FrameError(f"no fitting profile {header.profile_id:#010x} was announced")
-    return profile
+    return profile.row

@@ -3,40 +3,53 @@
 An element's bits are rearranged so that plane 0 holds the part that compresses (an exponent carries
 about 2.7 of its 8 bits) and the others hold near noise:
 
-    JOINED   bfloat16  eeeeeeem | mmmmmms, seven bits packed      float32  the same | its low 16 bits
-    APART    bfloat16  eeeeeeee | mmmmmmms                        float32  the same | its low 16 bits
+    JOINED   bfloat16  eeeeeeem | mmmmmms, seven bits packed      float32  as bfloat16 | low 16 bits
+    APART    bfloat16  eeeeeeee | mmmmmmms                        float32  as bfloat16 | low 16 bits
              float16   eeeeemmm | mmmmmmms                        opaque   one plane, as it is
 
-JOINED is for tensors whose exponents all lie within 128 of each other, which is all but those with
-zeros in them: seven bits of the exponent, less the lowest one, then go with the mantissa's first,
-which is not quite noise. Symbols of plane 0 are smaller steps there, and a Huffman code fits better.
+JOINED is for tensors whose numbers all lie within 64 powers of two about a channel's usual size,
+which is all but those with zeros in them: the exponent's seven low bits then take the mantissa's
+first one along, which is not quite noise, and a Huffman code fits those smaller steps better.
 
+Plane 0 is less the channel's base, which a profile may know. JOINED: the exponent and the mantissa's
+first bit, as a number of nine bits, less the base, is at most 255. APART: modulo 256.
 Float32 that was bfloat16 keeps its zero tail whole, and it costs one byte a frame.
 """
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.codec_coder import Bytes
 
-CHUNK = 2**17  # elements at a time: scratch stays in a core's cache, numpy's own cost is small
-
-JOINABLE = ("bfloat16", "float32")
+CHUNK: Final = 2**17  # elements at a time: scratch stays in cache, numpy's own cost is small
+JOINABLE: Final = ("bfloat16", "float32")
 
 Words = NDArray[np.uint16]
 Elements = NDArray[np.unsignedinteger[Any]]
 
+SAME_BASE: Final[Words] = np.array([128], np.uint16)
+"""One base for all channels; JOINED, numbers from 2**-63 to 2**65 then have symbols."""
+NO_BASE: Final[Words] = np.array([0], np.uint16)
+
+# Operands as arrays: for a short frame, numpy takes longer to convert a number than to use it.
+_1, _7, _8, _15 = (np.array(bits, np.uint16) for bits in (1, 7, 8, 15))
+_TIMES_64, _TIMES_128, _TWICE = (np.array(n, np.uint16) for n in (64, 128, 0x0101))
+_SIGN, _NO_SIGN, _REST = (np.array(mask, np.uint16) for mask in (0x8000, 0x7FFF, 0x803F))
+_ONE, _SIX, _BIT_6 = (np.array(n, np.uint8) for n in (1, 6, 0x40))
+_UP: Final[Bytes] = np.array([[1], [2], [4], [8], [16], [32], [64]], np.uint8)
+_DOWN: Final[Bytes] = _UP[::-1].copy()
+
 
 @dataclass(slots=True)
 class Planes:
-    """A tensor's planes; `lowest` is JOINED's lowest exponent, None where the planes are APART."""
+    """A tensor's planes, and whether the first two are JOINED."""
 
     planes: list[Bytes]
-    lowest: int | None = None
+    joined: bool = False
 
 
 class _Scratch(threading.local):
@@ -46,11 +59,9 @@ class _Scratch(threading.local):
         self.exponents = np.empty(CHUNK, np.uint16)
         self.mantissas = np.empty(CHUNK, np.uint16)
         self.tops = np.empty(CHUNK, np.uint16)
-        self.negative = np.empty(CHUNK, np.bool_)
 
 
 _scratch = _Scratch()
-_BLOCK_BITS = (1 << np.arange(7, dtype=np.uint8))[:, None]
 
 
 def sizes(dtype: str, elements: int, *, joined: bool) -> tuple[int, ...]:
@@ -61,36 +72,49 @@ def sizes(dtype: str, elements: int, *, joined: bool) -> tuple[int, ...]:
     return (elements, second, 2 * elements) if dtype == "float32" else (elements, second)
 
 
-def split(elements: Bytes, dtype: str) -> Planes:
-    """The planes of the elements, given as raw bytes; all but opaque's are new arrays."""
+def split(elements: Bytes, dtype: str, bases: Words | None) -> Planes:
+    """The planes of the elements, given as raw bytes; all but opaque's are new arrays.
+
+    `bases` holds one a channel, at most CHUNK of them. Where JOINED is not possible, it is not used.
+    """
     if dtype == "opaque":
         return Planes([elements])
     x: Elements = elements.view("u4" if dtype == "float32" else "u2")
     tail = [np.empty(x.size, np.uint16)] if dtype == "float32" else []
-    joined = _split_joined(x, *tail) if dtype in JOINABLE else None
-    split_up = joined or _split_apart(x, *tail)
+    if dtype not in JOINABLE:
+        return _split_apart(x, NO_BASE if bases is None else bases)
+    joined = _split_joined(x, SAME_BASE if bases is None else bases, *tail)
+    split_up = joined or _split_apart(x, NO_BASE, *tail)
     split_up.planes += [words.view(np.uint8) for words in tail]
     return split_up
 
 
-def merge(split_up: Planes, dtype: str) -> Bytes:
-    """The inverse of `split`: the elements' raw bytes, in an array of their own."""
+def merge(split_up: Planes, dtype: str, bases: Words | None) -> Bytes:
+    """The inverse of `split` with the same bases: raw bytes, in an array of their own."""
     if dtype == "opaque":
         return split_up.planes[0].copy()
     first, second, *tail = split_up.planes
-    if split_up.lowest is not None:
-        second = _unpacked(second, first.size)
+    if bases is None:
+        bases = SAME_BASE if split_up.joined else NO_BASE
+    if split_up.joined:
+        second = _unpacked(second)
     x: Elements = np.empty(first.size, "u4" if tail else "u2")
-    for start in range(0, x.size, CHUNK):
-        out = x[start : start + CHUNK]
-        here = slice(start, start + out.size)
+    for here in _chunks(x, bases):
+        out = x[here]
         top: Words = _scratch.tops[: out.size] if tail else out.view(np.uint16)
-        _merge_top(first[here], second[here], split_up.lowest, top)
+        merge_top = _merge_joined if split_up.joined else _merge_apart
+        merge_top(first[here], second[here], bases, top)
         if tail:
             np.copyto(out, top)
             np.left_shift(out, 16, out=out)
             np.bitwise_or(out, tail[0].view(np.uint16)[here], out=out)
     return x.view(np.uint8)
+
+
+def _chunks(x: Elements, bases: Words) -> list[slice]:
+    """Consecutive ranges of whole rows."""
+    step = CHUNK // bases.size * bases.size
+    return [slice(start, min(x.size, start + step)) for start in range(0, x.size, step)]
 
 
 def _top(x: Elements, here: slice, *tail: Words) -> Words:
@@ -103,61 +127,71 @@ def _top(x: Elements, here: slice, *tail: Words) -> Words:
     return top
 
 
-def _split_apart(x: Elements, *tail: Words) -> Planes:
-    first, second = np.empty(x.size, np.uint8), np.empty(x.size, np.uint8)
-    for start in range(0, x.size, CHUNK):
-        here = slice(start, min(x.size, start + CHUNK))
+def _split_joined(x: Elements, bases: Words, *tail: Words) -> Planes | None:
+    """None where a symbol would not fit in its byte."""
+    first, second = np.empty(x.size, np.uint8), np.empty(8 * _eighth(x.size), np.uint8)
+    second[x.size :] = 0
+    for here in _chunks(x, bases):
         top = _top(x, here, *tail)
-        exponents = _scratch.exponents[: top.size]
-        np.right_shift(top, 7, out=exponents)
-        np.copyto(first[here], exponents, casting="unsafe")
-        _split_rest(top, second[here])
+        symbols = _scratch.exponents[: top.size]
+        np.add(top, top, symbols)  # off goes the sign
+        np.right_shift(symbols, _7, symbols)
+        _by_channel(np.subtract, symbols, bases)
+        if np.maximum.reduce(symbols) > 255:  # a difference below zero is large, too
+            return None
+        first[here] = symbols
+        rest = _scratch.mantissas[: top.size]
+        np.bitwise_and(top, _REST, rest)
+        np.right_shift(rest, _8, symbols)
+        np.bitwise_or(rest, symbols, rest)
+        second[here] = rest
+    return Planes([first, _packed(second)], joined=True)
+
+
+def _merge_joined(first: Bytes, second: Bytes, bases: Words, out: Words) -> None:
+    symbols = _scratch.exponents[: out.size]
+    symbols[:] = first
+    _by_channel(np.add, symbols, bases)
+    np.multiply(symbols, _TIMES_64, symbols)  # a product is numpy's fastest left shift
+    out[:] = second
+    np.multiply(out, _TWICE, out)  # the byte twice: the upper has the sign, the lower the rest
+    np.bitwise_and(out, _REST, out)
+    np.bitwise_or(out, symbols, out)
+
+
+def _split_apart(x: Elements, bases: Words, *tail: Words) -> Planes:
+    first, second = np.empty(x.size, np.uint8), np.empty(x.size, np.uint8)
+    for here in _chunks(x, bases):
+        top = _top(x, here, *tail)
+        words = _scratch.exponents[: top.size]
+        np.right_shift(top, _7, words)
+        _by_channel(np.subtract, words, bases)
+        first[here] = words
+        np.right_shift(top, _15, words)
+        rest = _scratch.mantissas[: top.size]
+        np.add(top, top, rest)
+        np.bitwise_or(rest, words, rest)
+        second[here] = rest
     return Planes([first, second])
 
 
-def _split_joined(x: Elements, *tail: Words) -> Planes | None:
-    """None where the exponents lie too far apart."""
-    first, second = np.empty(x.size, np.uint8), np.zeros(8 * _eighth(x.size), np.uint8)
-    lowest, highest = 255, 0
-    for start in range(0, x.size, CHUNK):
-        here = slice(start, min(x.size, start + CHUNK))
-        top = _top(x, here, *tail)
-        exponents = _scratch.exponents[: top.size]
-        np.add(top, top, out=exponents)  # off goes the sign
-        lowest = min(lowest, int(exponents.min()) >> 8)
-        highest = max(highest, int(exponents.max()) >> 8)
-        if highest - lowest > 127:
-            return None
-        np.right_shift(exponents, 7, out=exponents)
-        np.copyto(first[here], exponents, casting="unsafe")
-        _split_rest(top, second[here])
-    np.subtract(first, np.uint8(2 * lowest & 255), out=first)
-    return Planes([first, _packed(second)], lowest)
+def _merge_apart(first: Bytes, second: Bytes, bases: Words, out: Words) -> None:
+    words = _scratch.exponents[: out.size]
+    words[:] = first
+    _by_channel(np.add, words, bases)
+    np.multiply(words, _TIMES_128, words)
+    np.bitwise_and(words, _NO_SIGN, words)
+    rest = _scratch.mantissas[: out.size]
+    rest[:] = second
+    np.multiply(rest, _SIGN, out)
+    np.bitwise_or(out, words, out)
+    np.right_shift(rest, _1, rest)
+    np.bitwise_or(out, rest, out)
 
 
-def _split_rest(top: Words, second: Bytes) -> None:
-    """The mantissa's seven bits, then the sign."""
-    negative = _scratch.negative[: top.size]
-    np.less(top.view(np.int16), 0, out=negative)
-    np.copyto(second, top, casting="unsafe")
-    np.add(second, second, out=second)  # the exponent's last bit falls off the top
-    np.bitwise_or(second, negative.view(np.uint8), out=second)
-
-
-def _merge_top(first: Bytes, second: Bytes, lowest: int | None, out: Words) -> None:
-    exponents = _scratch.exponents[: out.size]
-    mantissas = _scratch.mantissas[: out.size]
-    np.copyto(exponents, first)
-    if lowest is None:
-        np.multiply(exponents, 128, out=exponents)  # a product is numpy's fastest left shift
-    else:
-        np.add(exponents, 2 * lowest, out=exponents)
-        np.multiply(exponents, 64, out=exponents)
-    np.copyto(mantissas, second)
-    np.multiply(mantissas, 32768, out=out)  # the sign
-    np.add(out, exponents, out=out)
-    np.right_shift(mantissas, 1, out=mantissas)
-    np.add(out, mantissas, out=out)
+def _by_channel(operation: np.ufunc, symbols: Words, bases: Words) -> None:
+    rows = symbols.reshape(-1, bases.size)
+    operation(rows, bases, rows)
 
 
 def _eighth(elements: int) -> int:
@@ -165,21 +199,22 @@ def _eighth(elements: int) -> int:
 
 
 def _packed(second: Bytes) -> Bytes:
-    """The low seven bits of each byte: seven eighths as they are, the last one in their top bits."""
+    """Bytes s0mmmmmm: seven eighths of them, with the last eighth's bits where the zeros were."""
     blocks = second.reshape(8, -1)
-    packed: Bytes = np.multiply(blocks[7], 128 // _BLOCK_BITS)
-    np.bitwise_and(packed, 0x80, out=packed)
-    np.bitwise_and(blocks, 0x7F, out=blocks)
-    np.bitwise_or(packed, blocks[:7], out=packed)
+    last = blocks[7] >> _ONE & _BIT_6 | blocks[7]
+    packed: Bytes = np.multiply(last, _DOWN)
+    np.bitwise_and(packed, _BIT_6, packed)
+    np.bitwise_or(packed, blocks[:7], packed)
     return packed.reshape(-1)
 
 
-def _unpacked(packed: Bytes, elements: int) -> Bytes:
-    """The inverse of `_packed`, for that many bytes of seven bits."""
-    stored = packed.reshape(7, -1)
-    blocks = np.empty((8, stored.shape[1]), np.uint8)
-    np.right_shift(stored, 7, out=blocks[:7])
-    np.multiply(blocks[:7], _BLOCK_BITS, out=blocks[:7])
-    np.bitwise_or.reduce(blocks[:7], axis=0, out=blocks[7])
-    np.bitwise_and(stored, 0x7F, out=blocks[:7])
-    return blocks.reshape(-1)[:elements]
+def _unpacked(packed: Bytes) -> Bytes:
+    """The inverse of `_packed`, but that the zeros are left as they were stored."""
+    second = np.empty(packed.size // 7 * 8, np.uint8)
+    second[: packed.size] = packed
+    bits = packed.reshape(7, -1) >> _SIX
+    np.bitwise_and(bits, _ONE, bits)
+    np.multiply(bits, _UP, bits)
+    last = np.bitwise_or.reduce(bits, axis=0)
+    np.add(last, last & _BIT_6, second[packed.size :])  # bit 6 is the sign: up to bit 7
+    return second

@@ -15,7 +15,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from stages.codec_coder import Buffer, Bytes
-from stages.codec_planes import JOINABLE, split
+from stages.codec_planes import CHUNK, JOINABLE, Words, split
 from stages.errors import FrameError
 
 SMALLEST_ROWS = 64  # fewer teach a channel's noise
@@ -38,17 +38,18 @@ class Profile:
     def learned(cls, buffer: Buffer, dtype: str, shape: Sequence[int]) -> "Profile":
         """The profile of a boundary's first rows, of shape (..., channels).
 
-        ValueError where there are fewer than 64 rows, or the dtype has no exponent.
+        ValueError where there are fewer than 64 rows, more channels than 2**17, a dtype
+        without exponents, or (not for float16) a zero among the numbers.
         """
         channels = shape[-1] if shape else 0
         rows = np.ascontiguousarray(buffer).reshape(-1).view(np.uint8)
-        itemsize = 4 if dtype == "float32" else 2
-        if dtype not in _DTYPES or not rows.size >= SMALLEST_ROWS * channels * itemsize > 0:
+        least = SMALLEST_ROWS * channels * (4 if dtype == "float32" else 2)
+        if dtype not in _DTYPES or not 0 < channels <= CHUNK or rows.size < least:
             raise ValueError(f"{dtype} of shape {tuple(shape)} is too little to learn from")
-        first = split(rows, dtype)
-        if (first.lowest is None) == (dtype in JOINABLE):
-            raise ValueError("exponents lie too far apart to learn from")
-        return cls(dtype, _aligned(first.planes[0].reshape(-1, channels)).tobytes())
+        split_up = split(rows, dtype, None)
+        if split_up.joined != (dtype in JOINABLE):
+            raise ValueError("numbers lie too far apart to learn from")
+        return cls(dtype, _aligned(split_up.planes[0].reshape(-1, channels)).tobytes())
 
     @cached_property
     def id(self) -> int:
@@ -62,30 +63,22 @@ class Profile:
     @classmethod
     def parsed(cls, announced: bytes, max_channels: int) -> "Profile":
         """The inverse of `tobytes`; FrameError for anything else."""
-        if not _START.size < len(announced) <= _START.size + max_channels:
-            raise FrameError(f"{len(announced)} bytes are no profile of 1-{max_channels} channels")
+        most = min(max_channels, CHUNK)
+        if not 0 < len(announced) - _START.size <= most:
+            raise FrameError(f"{len(announced)} bytes are no profile of 1 to {most} channels")
         magic, version, dtype = _START.unpack_from(announced)
         if magic != b"WP" or version != 1 or dtype >= len(_DTYPES):
             raise FrameError(f"not a profile of version 1: starts with {announced[:4]!r}")
         return cls(_DTYPES[dtype], announced[_START.size :])
 
-    def fits(self, dtype: str, shape: Sequence[int], *, joined: bool) -> bool:
-        """Whether a tensor of that dtype and shape, its planes joined or not, has these bases."""
-        of_this_kind = dtype == self.dtype and joined == (dtype in JOINABLE)
-        return of_this_kind and len(shape) > 0 and shape[-1] == len(self.bases)
-
-    def centre(self, exponents: Bytes) -> None:
-        """Takes the bases from plane 0, modulo 256, in place."""
-        rows = exponents.reshape(-1, len(self.bases))
-        np.subtract(rows, self._row, out=rows)
-
-    def restored(self, centred: Bytes) -> Bytes:
-        """Plane 0 again."""
-        return np.add(centred.reshape(-1, len(self.bases)), self._row).reshape(-1)
+    def fits(self, dtype: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor of that dtype and shape has these channels."""
+        return dtype == self.dtype and len(shape) > 0 and shape[-1] == len(self.bases)
 
     @cached_property
-    def _row(self) -> Bytes:
-        return np.frombuffer(self.bases, np.uint8)
+    def row(self) -> Words:
+        """The bases as `codec_planes` takes them."""
+        return np.frombuffer(self.bases, np.uint8).astype(np.uint16)
 
 
 def _aligned(exponents: Bytes) -> Bytes:
@@ -105,5 +98,5 @@ def _aligned(exponents: Bytes) -> Bytes:
         candidates = np.arange(bases.min() - REACH, bases.max() + REACH + 1)
         cost = counts @ bits[(np.arange(256)[:, None] - candidates) % 256]
         bases = candidates[np.argmin(cost, axis=1)]
-    aligned: Bytes = (bases % 256).astype(np.uint8)
+    aligned: Bytes = np.clip(bases, 0, 255).astype(np.uint8)
     return aligned

@@ -440,9 +440,6 @@ WRONG: dict[str, Callable[[], bytes]] = {
     "joined planes of float16": lambda: sealed(
         b"WA\1\1\3\2\x80\0" + encode(ZEROS, "float16", (2, 1024), FAST).tobytes()[8:]
     ),
-    "lowest exponent of planes apart": lambda: sealed(
-        b"WA\1\1\3\2\0\1" + encode(ZEROS, "float16", (2, 1024), FAST).tobytes()[8:]
-    ),
     "trailing bytes": lambda: sealed(fast_frame(dims=(1, 1), planes=(b"a", b"b"), modes=0) + b"!"),
 }
 
@@ -460,7 +457,7 @@ def test_frame_above_the_limit_is_refused_before_it_is_allocated() -> None:
     assert decode(encode(bytes(64), "opaque", (64,), RAW).tobytes(), max_bytes=64).shape == (64,)
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 5, 7])
 def test_frame_of_a_stranger_or_another_version_is_refused(at: int) -> None:
     frame = bytearray(good_frames()[1])
     frame[at] = 200
@@ -471,9 +468,9 @@ def test_frame_of_a_stranger_or_another_version_is_refused(at: int) -> None:
 GOLDEN = {
     ("opaque", RAW): 0x5838CAB9F46EF999,
     ("float32", RAW): 0xB75E8CF3273211DC,
-    ("float32", FAST): 0xFA2E7787AB4442BD,
+    ("float32", FAST): 0x81D39D2A2C1B3D6A,
     ("bfloat16", RAW): 0x7BE7FFF41DDDB9D1,
-    ("bfloat16", FAST): 0x97208B71AFE40FCF,
+    ("bfloat16", FAST): 0xB40EC874D223796C,
     ("float16", RAW): 0x162A475D76A5402C,
     ("float16", FAST): 0x1895EC9382BB0C52,
 }
