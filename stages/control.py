@@ -20,7 +20,7 @@ from pydantic import (
 from stages.errors import FrameError
 from stages.frame import MAX_ROWS, Frame, Kind, Label, Packet, run_number, seal
 from stages.identity import NAME_PATTERN
-from stages.wire import MAX_POSITION, SampleFrame, StepFrame
+from stages.wire import MAX_POSITION, Ack, SampleFrame, StepFrame
 
 MAX_TEXT_CHARS = 4000  # of an error's message; the rest is cut, for the crash path must not crash
 MAX_ROW_TOKENS = 2**22
@@ -174,6 +174,9 @@ class LinkReport(_Record):
     tls_bytes_received: Count
     blocked_s: Seconds
     """Seconds in which there was something to send and the connection took nothing."""
+    reconnects: Count
+    frames_sent_again: Count
+    duplicates_dropped: Count
 
 
 class Heartbeat(_Message):
@@ -287,11 +290,12 @@ ControlMessage: TypeAlias = (
     Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | Answers | Drain | Stop
     | StageFailed | StepFailed
 )  # fmt: skip
-Message: TypeAlias = StepFrame | SampleFrame | ControlMessage
+Message: TypeAlias = StepFrame | SampleFrame | Ack | ControlMessage
 
 _BY_KIND: dict[Kind, type[Message]] = {
     Kind.STEP: StepFrame,
     Kind.SAMPLES: SampleFrame,
+    Kind.ACK: Ack,
     **{
         message.kind: message
         for message in (

@@ -6,9 +6,7 @@ and calls the peer lost after a silence. A process that was itself stopped for a
 what lies ready before it judges. Other threads only fill a bounded queue and wake the loop.
 """
 
-import contextlib
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +15,8 @@ from stages.control import ControlMessage, Heartbeat
 from stages.errors import LinkError, LinkTimeoutError, StageError
 from stages.frame import Kind, Packet
 from stages.link import Connection, pieces
-from stages.mailbox import Arrival, LinkDown, Mailbox, SendQueue
+from stages.mailbox import Arrival, LinkDown, Mailbox
+from stages.send_queue import Bell, SendQueue
 
 HEARTBEAT_S = 1.0
 LOST_AFTER_S = 20.0
@@ -60,9 +59,7 @@ class Duplex:
         self._watched = 0
         self._received = 0
         self._heard_s = self._beat_s = time.monotonic()
-        self._waker, self._wakened = socket.socketpair()
-        self._waker.setblocking(False)
-        self._wakened.setblocking(False)
+        self._bell = Bell()
         self._thread = threading.Thread(
             target=self._run, name=f"duplex-{connection.peer}", daemon=True
         )
@@ -71,7 +68,7 @@ class Duplex:
     def send(self, message: ControlMessage, timeout_s: float | None = None) -> None:
         """Queue a message; waits while the queue is full. Raises the error that ended the link."""
         self._queue.put(message.encode(self.connection.run), timeout_s)
-        self._wake()
+        self._bell.ring()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """
@@ -81,30 +78,25 @@ class Duplex:
         peer did not take them in time. That the peer left first is no error.
         """
         self._queue.end()
-        self._wake()
+        self._bell.ring()
         self._thread.join(timeout_s)
         flushed = self._queue.finished
         self.connection.close()
-        self._wake()
+        self._bell.ring()
         self._thread.join()
         if not flushed:
             raise LinkTimeoutError(f"{self.connection.peer} did not take the last messages")
         self._queue.check_delivery()
 
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # full: awake already; closed: ended
-            self._waker.send(b"\0")
-
     def _run(self) -> None:
         try:
             with self.connection.unblocked(), selectors.DefaultSelector() as ready:
-                ready.register(self._wakened, selectors.EVENT_READ)
+                ready.register(self._bell, selectors.EVENT_READ)
                 self._converse(ready)
         except StageError as error:
             self._end(error)
         finally:
-            self._waker.close()
-            self._wakened.close()
+            self._bell.close()
 
     def _end(self, error: StageError) -> None:
         left_in_order = self._queue.finished and isinstance(error, LinkError)
@@ -118,8 +110,7 @@ class Duplex:
         while not self.connection.closed:
             self._watch(ready)
             ready.select(self._wait_s())
-            with contextlib.suppress(BlockingIOError):
-                self._wakened.recv(4096)
+            self._bell.quiet()
             self._read()
             self._write()
             self._judge()

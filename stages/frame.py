@@ -58,6 +58,7 @@ class Kind(IntEnum):
     STEP = 1
     SAMPLES = 2
     STEP_FAILED = 3
+    ACK = 4
     HELLO = 16
     WELCOME = 17
     REFUSED = 18
@@ -92,7 +93,8 @@ _KINDS = {int(kind): kind for kind in Kind}
 _DTYPES = {int(dtype): dtype for dtype in Dtype}
 RING_KINDS = frozenset({Kind.STEP, Kind.SAMPLES, Kind.STEP_FAILED})
 GREETING_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.REFUSED})
-CONTROL_KINDS = frozenset(Kind) - RING_KINDS - GREETING_KINDS
+ACK_KINDS = frozenset({Kind.ACK})
+CONTROL_KINDS = frozenset(Kind) - RING_KINDS - GREETING_KINDS - ACK_KINDS
 _BULKY = frozenset({Kind.STEP, Kind.SAMPLES, Kind.ROWS, Kind.ANSWERS})
 RAW = 0
 """Codec tag of a payload that is the array itself; any other tag is the codec's business."""
@@ -120,6 +122,8 @@ class Packet:
 
     head: bytes
     payload: memoryview
+    frame: int
+    """The number in its label."""
 
     @property
     def size(self) -> int:
@@ -157,7 +161,8 @@ def seal(label: Label, header: bytes, payload: Bytes) -> Packet:
     body = _flat(payload)
     _check_label(label, len(header), len(body))
     prefix = _packed(label, len(header), len(body), _checksum(header, body))
-    return Packet(b"".join((prefix, _CHECK.pack(_prefix_check(prefix)), header)), body)
+    head = b"".join((prefix, _CHECK.pack(_prefix_check(prefix)), header))
+    return Packet(head, body, label.frame)
 
 
 def _packed(label: Label, header_bytes: int, payload_bytes: int, checksum: int) -> bytes:
@@ -237,6 +242,8 @@ def _check_label(label: Label, header_bytes: int, payload_bytes: int) -> None:
 def _payload_limit(kind: Kind) -> int:
     if kind in _BULKY:
         return MAX_FRAME_BYTES
+    if kind is Kind.ACK:
+        return 0
     return MAX_GREETING_BYTES if kind in GREETING_KINDS else MAX_CONTROL_BYTES
 
 

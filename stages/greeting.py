@@ -27,7 +27,10 @@ from stages.errors import (
     StageError,
 )
 from stages.frame import (
+    ACK_KINDS,
+    CONTROL_KINDS,
     GREETING_KINDS,
+    RING_KINDS,
     EpochMismatchError,
     Frame,
     FrameReader,
@@ -57,7 +60,7 @@ def dial(trust: Trust, peer: str, address: Address, hello: Hello, timeout_s: flo
     pause_s = 0.05
     while True:
         try:
-            return _dial_once(trust, peer, address, hello, deadline_s)
+            return dial_once(trust, peer, address, hello, deadline_s - time.monotonic())
         except LinkError as error:
             if time.monotonic() + pause_s >= deadline_s:
                 place = f"{peer} at {address[0]}:{address[1]}"
@@ -66,9 +69,11 @@ def dial(trust: Trust, peer: str, address: Address, hello: Hello, timeout_s: flo
         pause_s = min(2 * pause_s, 1.0)
 
 
-def _dial_once(
-    trust: Trust, peer: str, address: Address, hello: Hello, deadline_s: float
+def dial_once(
+    trust: Trust, peer: str, address: Address, hello: Hello, timeout_s: float
 ) -> Connection:
+    """One attempt of `dial`: raises LinkError at once where nobody listens."""
+    deadline_s = time.monotonic() + timeout_s
     place = f"{peer} at {address[0]}:{address[1]}"
     with contextlib.ExitStack() as undo:
         try:
@@ -86,7 +91,8 @@ def _dial_once(
             raise _handshake_error(place, error) from error
         except OSError as error:
             raise link_error(place, error) from error
-        connection = Connection(tls, _welcome(place, hello, answer), hello.purpose)
+        incoming = ACK_KINDS if hello.purpose == "data" else CONTROL_KINDS
+        connection = Connection(tls, _welcome(place, hello, answer), hello.purpose, incoming)
         tls.settimeout(None)
         undo.pop_all()
         return connection
@@ -117,6 +123,14 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Who takes the data connections of one peer."""
+
+    take: Callable[[Connection], None]
+    last_frame: Callable[[], int]
+
+
 class Listener:
     """
     Takes connections from members of the plan, at one given address and nowhere else.
@@ -143,6 +157,7 @@ class Listener:
         self._handshake_s = handshake_s
         self._socket = _listen(host, port)
         self._ready: deque[Connection] = deque()
+        self._routes: dict[str, _Route] = {}
         self._changed = threading.Condition()
         self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._closing = False
@@ -162,6 +177,28 @@ class Listener:
                 turned_away = f"; refused last: {self.refusals[-1].reason}" if self.refusals else ""
                 raise LinkTimeoutError(f"no member connected in {timeout_s} s{turned_away}")
             return self._ready.popleft()
+
+    def route(
+        self, peer: str, take: Callable[[Connection], None], last_frame: Callable[[], int]
+    ) -> None:
+        """
+        From now on hand that peer's data connections to `take`, as soon as they stand.
+
+        `last_frame` goes into the welcome: the peer sends again what comes after it. Both are
+        called from a handshake's thread.
+        """
+        with self._changed:
+            self._routes[peer] = _Route(take, last_frame)
+            early = [c for c in self._ready if c.peer == peer and c.purpose == "data"]
+            for connection in early:
+                self._ready.remove(connection)
+        for connection in early:
+            take(connection)
+
+    def unroute(self, peer: str) -> None:
+        """Hand that peer's connections to `accept` again."""
+        with self._changed:
+            self._routes.pop(peer, None)
 
     def close(self) -> None:
         """Stop listening and drop connections that nobody accepted."""
@@ -212,8 +249,12 @@ class Listener:
 
     def _deliver(self, connection: Connection) -> None:
         with self._changed:
-            self._ready.append(connection)
-            self._changed.notify()
+            route = self._routes.get(connection.peer) if connection.purpose == "data" else None
+            if route is None:
+                self._ready.append(connection)
+                self._changed.notify()
+        if route is not None:
+            route.take(connection)
         if self._closing:
             connection.close()
 
@@ -238,10 +279,16 @@ class Listener:
             if refused is not None:
                 _send_greeting(tls, refused.encode(run_number(own.run), own.epoch))
                 raise PeerRefusedError(f"{proven}: {refused.reason}")
-            _send_greeting(tls, Welcome(**own.model_dump()).greeting())
+            _send_greeting(tls, self._welcome(own, hello).greeting())
             tls.settimeout(None)
             undo.pop_all()
-            return Connection(tls, hello, hello.purpose)
+            incoming = RING_KINDS if hello.purpose == "data" else CONTROL_KINDS
+            return Connection(tls, hello, hello.purpose, incoming)
+
+    def _welcome(self, own: Hello, hello: Hello) -> Welcome:
+        route = self._routes.get(hello.name) if hello.purpose == "data" else None
+        last_frame = own.last_frame if route is None else route.last_frame()
+        return Welcome(**(own.model_dump() | {"last_frame": last_frame}))
 
 
 def _objection(own: Hello, proven: str, hello: Hello) -> Refused | None:

@@ -9,6 +9,7 @@ only call `close`, which touches the TCP socket alone; the using thread frees th
 """
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -25,15 +26,15 @@ from stages.errors import (
     PeerRefusedError,
 )
 from stages.frame import (
-    CONTROL_KINDS,
-    RING_KINDS,
     Frame,
     FrameReader,
+    Kind,
     Packet,
     check_place,
     run_number,
 )
 from stages.identity import Identity, Member, pin
+from stages.send_queue import Bell
 
 Purpose: TypeAlias = Literal["data", "control"]
 
@@ -93,12 +94,17 @@ class Counters:
     tls_bytes_sent: int = 0
     tls_bytes_received: int = 0
     blocked_s: float = 0.0
+    reconnects: int = 0
+    frames_sent_again: int = 0
+    duplicates_dropped: int = 0
 
 
 class Connection:
     """One TLS connection to a peer whose name, run and epoch were checked; used by one thread."""
 
-    def __init__(self, tls: ssl.SSLSocket, hello: Hello, purpose: Purpose) -> None:
+    def __init__(
+        self, tls: ssl.SSLSocket, hello: Hello, purpose: Purpose, incoming: frozenset[Kind]
+    ) -> None:
         self.peer = hello.name
         self.hello = hello
         """The peer's greeting."""
@@ -109,7 +115,7 @@ class Connection:
         self.run = run_number(hello.run)
         """The number under which frames of this run travel."""
         self._epoch = hello.epoch if purpose == "data" else None
-        self._reader = FrameReader(RING_KINDS if purpose == "data" else CONTROL_KINDS)
+        self._reader = FrameReader(incoming)
         self._use = threading.Lock()
         self._closing = False
 
@@ -136,7 +142,15 @@ class Connection:
             tls_bytes_sent=c.tls_bytes_sent,
             tls_bytes_received=c.tls_bytes_received,
             blocked_s=c.blocked_s,
+            reconnects=c.reconnects,
+            frames_sent_again=c.frames_sent_again,
+            duplicates_dropped=c.duplicates_dropped,
         )
+
+    def succeed(self, broken: "Connection") -> None:
+        """Take over the counters of the connection that this one replaces."""
+        self.counters = broken.counters
+        self.counters.reconnects += 1
 
     def send(self, packet: Packet) -> None:
         """Send one frame whole; blocks while the peer takes nothing, raises LinkError."""
@@ -178,6 +192,14 @@ class Connection:
             return self._tls.send(piece)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
+
+    def wait(self, bell: Bell, timeout_s: float | None) -> bool:
+        """Wait for bytes or for the bell; whether bytes lie ready, so that `receive` hardly waits."""
+        with self._sole_use():
+            if self.undelivered():
+                return True
+            ready, _, _ = select.select([self._tls.fileno(), bell.fileno()], [], [], timeout_s)
+            return self._tls.fileno() in ready
 
     def undelivered(self) -> bool:
         """Whether TLS holds decrypted bytes that select does not see."""

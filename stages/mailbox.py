@@ -1,20 +1,36 @@
 """
-Threads between connections and the work: one sends, one receives, and every queue is bounded.
+Threads between data connections and the work: one sends, one receives, and every queue is bounded.
 
 A `Mailbox` is what a stage waits on: frames of all its connections in the order they came, and the
 news that a connection is down. Each connection has its own share of room, so a full one holds up
 its own sender, through TCP, and nobody else's.
+
+A frame is kept until the receiver says that it holds it. A connection that breaks is a pause: the
+sender dials again, the same process answers, and the frames that it has not got are sent again;
+what comes twice is dropped by its number. Numbers rise on every data connection.
 """
 
+import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from stages.errors import LinkError, LinkTimeoutError, StageError
+from stages.control import LinkReport
+from stages.errors import LinkError, LinkTimeoutError, PeerClosedError, StageError
 from stages.frame import Frame, Packet
+from stages.greeting import Listener
 from stages.link import Connection
+from stages.send_queue import Bell, SendQueue
+from stages.wire import Ack
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 20.0  # how long a broken connection may stay away before it counts as down
+REDIAL_PAUSE_S = 0.1
+WINDOW_FRAMES = 256  # their acknowledgements fit any socket's buffer, so neither end waits for both
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,157 +100,246 @@ class Mailbox:
 
 
 class Inbox:
-    """The one thread that reads a data connection, into a mailbox."""
+    """
+    The one thread that reads a data connection, into a mailbox, and acknowledges each frame.
 
-    def __init__(self, connection: Connection, mailbox: Mailbox) -> None:
+    With a `listener`, a connection that broke may be replaced by its peer for `patience_s` seconds;
+    only then, or when another incarnation of the peer dials, it is reported as down.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        mailbox: Mailbox,
+        listener: Listener | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.last_frame = -1
+        """Number of the last frame that the mailbox got."""
         self._connection = connection
         self._mailbox = mailbox
+        self._listener = listener
+        self._patience_s = patience_s if listener else 0.0
+        self._changed = threading.Condition()
+        self._next: Connection | None = None
+        self._restarted = False
+        self._closing = False
+        if listener is not None:
+            listener.route(connection.peer, self._adopt, lambda: self.last_frame)
         self._thread = threading.Thread(
-            target=self._receive, name=f"inbox-{connection.peer}", daemon=True
+            target=self._run, name=f"inbox-{connection.peer}", daemon=True
         )
         self._thread.start()
 
+    def report(self) -> LinkReport:
+        """What all connections of this inbox have carried."""
+        return self._connection.report()
+
     def close(self) -> None:
         """End the connection and its thread; what the mailbox holds stays there."""
-        self._connection.close()
+        if self._listener is not None:
+            self._listener.unroute(self._connection.peer)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._connection.close()
         self._thread.join()
+        if self._next is not None:
+            self._next.close()
 
-    def _receive(self) -> None:
-        source = self._connection
+    def _adopt(self, connection: Connection) -> None:
+        """Let a new connection of the peer take the place of the one in use."""
+        with self._changed:
+            if connection.hello.incarnation != self._connection.hello.incarnation:
+                self._restarted = True
+                connection.close()
+            else:
+                if self._next is not None:
+                    self._next.close()
+                self._next = connection
+            self._connection.close()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
         try:
-            while not source.closed:
-                self._mailbox.put(Arrival(source, source.receive()))
+            while True:
+                try:
+                    self._read()
+                except LinkError as error:
+                    self._replace(error)
         except StageError as error:
-            if not source.closed:
-                self._mailbox.report_down(LinkDown(source, error))
-                source.close()
+            if not self._closing:
+                self._mailbox.report_down(LinkDown(self._connection, error))
+            self._connection.close()
 
+    def _read(self) -> None:
+        source = self._connection
+        while True:
+            frame = source.receive()
+            if frame.label.frame > self.last_frame:
+                self._mailbox.put(Arrival(source, frame))
+                self.last_frame = frame.label.frame
+            else:
+                source.counters.duplicates_dropped += 1
+            source.send(Ack(frame.label.epoch, self.last_frame).encode(source.run))
 
-class SendQueue:
-    """Frames that wait for the one thread that sends; its error reaches whoever adds more."""
-
-    def __init__(self, peer: str, capacity: int) -> None:
-        self._peer = peer
-        self._capacity = capacity
-        self._packets: deque[Packet] = deque()
-        self._changed = threading.Condition()
-        self._in_hand = False
-        self._error: StageError | None = None
-        self._lost = False
-        self._ended = False
-
-    def put(self, packet: Packet, timeout_s: float | None) -> None:
-        """Add a frame; waits while the queue is full, LinkTimeoutError after `timeout_s`."""
+    def _replace(self, error: LinkError) -> None:
+        """Go on with the connection that replaces a broken one; raises where none comes."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._error or self._ended or len(self._packets) < self._capacity, timeout_s
+                lambda: self._next or self._restarted or self._closing, self._patience_s
             )
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise LinkError(f"no more frames may go to {self._peer}: closed here")
-            if len(self._packets) >= self._capacity:
-                raise LinkTimeoutError(f"{self._peer} took no frame for {timeout_s} s")
-            self._packets.append(packet)
-            self._changed.notify_all()
-
-    def wait(self) -> Packet | None:
-        """The next frame, when there is one; None when the queue has ended and is empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._packets or self._ended)
-        return self.take()
-
-    def take(self) -> Packet | None:
-        """The next frame, to be confirmed by `sent`; None where none waits."""
-        with self._changed:
-            if not self._packets:
-                return None
-            self._in_hand = True
-            self._changed.notify_all()
-            return self._packets.popleft()
-
-    def sent(self) -> None:
-        """The frame that was taken went out whole."""
-        self._in_hand = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has ended and every frame went out."""
-        with self._changed:
-            return self._ended and not self._packets and not self._in_hand
-
-    def end(self) -> None:
-        """Take no more frames."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def fail(self, error: StageError) -> None:
-        """Drop what waits, and raise the error for every frame put from now on."""
-        with self._changed:
-            self._error = error
-            self._lost = self._in_hand or bool(self._packets)
-            self._in_hand = False
-            self._packets.clear()
-            self._changed.notify_all()
-
-    def check_delivery(self) -> None:
-        """Raise the error that the sending thread met, if a frame was lost by it."""
-        if self._error is not None and self._lost:
-            raise self._error
+            if self._restarted:
+                raise PeerClosedError(f"{self._connection.peer} started anew") from error
+            if self._next is None or self._closing:
+                raise error
+            self._next.succeed(self._connection)
+            self._connection.close()
+            self._connection, self._next = self._next, None
+        log.info("link resumed peer=%s error=%s", self._connection.peer, error)
 
 
 class Outbox:
     """
     The one thread that writes a data connection, behind a bounded queue.
 
-    When the connection fails, `on_down` is called once from that thread, and every later `put`
-    raises the same error.
+    At most `window` frames are unacknowledged at a time. With `redial`, a connection that broke is
+    dialled again for `patience_s` seconds, each call of `redial` being one `dial_once`. When it
+    is down for good, `on_down` is called once from that thread, and every later `put` raises the
+    same error.
     """
 
     def __init__(
-        self, connection: Connection, on_down: Callable[[LinkDown], None], capacity: int = 8
+        self,
+        connection: Connection,
+        on_down: Callable[[LinkDown], None],
+        capacity: int = 8,
+        redial: Callable[[], Connection] | None = None,
+        patience_s: float = PATIENCE_S,
+        window: int = WINDOW_FRAMES,
     ) -> None:
         self._connection = connection
         self._on_down = on_down
+        self._redial = redial
+        self._patience_s = patience_s
+        self._window = window
         self._queue = SendQueue(connection.peer, capacity)
+        self._unacknowledged: deque[Packet] = deque()
+        self._bell = Bell()
+        self._aborted = threading.Event()
+        self._swapping = threading.Lock()
         self._thread = threading.Thread(
-            target=self._send, name=f"outbox-{connection.peer}", daemon=True
+            target=self._run, name=f"outbox-{connection.peer}", daemon=True
         )
         self._thread.start()
 
     def put(self, packet: Packet, timeout_s: float | None = None) -> None:
         """Queue a frame; waits while the queue is full, LinkTimeoutError after `timeout_s`."""
         self._queue.put(packet, timeout_s)
+        self._bell.ring()
+
+    def report(self) -> LinkReport:
+        """What all connections of this outbox have carried."""
+        return self._connection.report()
 
     def close(self, timeout_s: float = 10.0) -> None:
         """
-        Send what is queued, then end the connection.
+        Wait until the peer holds every frame, then end the connection.
 
-        Raises the connection's error where it lost a queued frame, LinkTimeoutError where the peer
-        did not take them in time.
+        Raises the connection's error where it lost a frame, LinkTimeoutError where the peer did not
+        take them all in time.
         """
         self._queue.end()
+        self._bell.ring()
         self._thread.join(timeout_s)
-        flushed = self._queue.finished
+        delivered = self._queue.finished
         self.abort()
-        if not flushed:
+        if not delivered:
             raise LinkTimeoutError(f"{self._connection.peer} did not take the last frames")
         self._queue.check_delivery()
 
     def abort(self) -> None:
         """End the connection at once; frames still queued are dropped."""
         self._queue.end()
-        self._connection.close()
+        with self._swapping:
+            self._aborted.set()
+            self._connection.close()
+        self._bell.ring()
         self._thread.join()
+        self._bell.close()
 
-    def _send(self) -> None:
+    def _run(self) -> None:
         try:
-            while (packet := self._queue.wait()) is not None:
-                self._connection.send(packet)
-                self._queue.sent()
+            while (error := self._broken_by()) is not None:
+                self._reconnect(error)
         except StageError as error:
             self._queue.fail(error)
-            if not self._connection.closed:
+            if not self._aborted.is_set():
                 self._on_down(LinkDown(self._connection, error))
-                self._connection.close()
+            self._connection.close()
+
+    def _broken_by(self) -> LinkError | None:
+        """Use the connection until it breaks; None when all was sent."""
+        try:
+            self._send_again()
+            self._send_all()
+        except LinkError as error:
+            return error
+        return None
+
+    def _send_again(self) -> None:
+        """Send what an earlier connection may have lost."""
+        for packet in tuple(self._unacknowledged):
+            self._connection.send(packet)
+            self._connection.counters.frames_sent_again += 1
+
+    def _send_all(self) -> None:
+        """Send frames as they come, until the queue has ended and the peer holds them all."""
+        while not self._queue.finished:
+            self._take_acks()
+            packet = None
+            if len(self._unacknowledged) < self._window:
+                packet = self._queue.take()
+            if packet is not None:
+                self._unacknowledged.append(packet)
+                self._connection.send(packet)
+            elif not self._queue.finished:
+                self._connection.wait(self._bell, None)
+                self._bell.quiet()
+
+    def _take_acks(self) -> None:
+        while self._connection.wait(self._bell, 0):
+            self._forget(Ack.decode(self._connection.receive()).frame)
+
+    def _forget(self, last_frame: int) -> None:
+        """Drop the frames that the peer holds."""
+        while self._unacknowledged and self._unacknowledged[0].frame <= last_frame:
+            self._unacknowledged.popleft()
+            self._queue.sent()
+
+    def _reconnect(self, error: LinkError) -> None:
+        """Dial until the same process answers, and learn which frames it has."""
+        broken = self._connection
+        broken.close()
+        connection = self._dialled(error)
+        connection.succeed(broken)
+        with self._swapping:
+            self._connection = connection
+            if self._aborted.is_set():
+                raise error
+        if connection.hello.incarnation != broken.hello.incarnation:
+            raise PeerClosedError(f"{broken.peer} started anew") from error
+        log.info("link resumed peer=%s error=%s", connection.peer, error)
+        self._forget(connection.hello.last_frame)
+
+    def _dialled(self, error: LinkError) -> Connection:
+        deadline_s = time.monotonic() + self._patience_s
+        while self._redial is not None and time.monotonic() < deadline_s:
+            if self._aborted.is_set():
+                break
+            try:
+                return self._redial()
+            except LinkError as again:
+                log.info("link still down peer=%s error=%s", self._connection.peer, again)
+            self._aborted.wait(REDIAL_PAUSE_S)
+        raise error

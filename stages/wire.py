@@ -109,6 +109,23 @@ class SampleFrame:
         return cls(label.epoch, label.frame, label.slot, tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The receiver of a data connection holds every frame up to this one."""
+
+    epoch: int
+    frame: int
+
+    def encode(self, run: int) -> Packet:
+        """The frame's bytes: 56."""
+        return seal(Label(Kind.ACK, run, self.epoch, frame=self.frame), b"", b"")
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Self:
+        """The acknowledgement of an ACK frame."""
+        return cls(frame.label.epoch, frame.label.frame)
+
+
 def _check_tokens(label: Label, tokens: tuple[int, ...]) -> None:
     if tokens and min(tokens) < 0:
         raise FrameError(f"frame {label.frame} returns a negative token id")

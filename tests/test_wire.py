@@ -52,7 +52,7 @@ from stages.frame import (
     check_place,
     run_number,
 )
-from stages.wire import Admit, SampleFrame, StepFrame
+from stages.wire import Ack, Admit, SampleFrame, StepFrame
 
 RUN = run_number("run-1")
 U32 = st.integers(0, 2**32 - 1)
@@ -89,6 +89,9 @@ CONTROL: tuple[ControlMessage, ...] = (
                 tls_bytes_sent=5,
                 tls_bytes_received=6,
                 blocked_s=0.25,
+                reconnects=1,
+                frames_sent_again=2,
+                duplicates_dropped=3,
             ),
         ),
     ),
@@ -135,7 +138,12 @@ CONTROL: tuple[ControlMessage, ...] = (
         message="NaN",
     ),
 )
-MESSAGES: tuple[Message, ...] = (step_frame(), SampleFrame(3, 9, 2, (1, 2**31 - 1, 0)), *CONTROL)
+MESSAGES: tuple[Message, ...] = (
+    step_frame(),
+    SampleFrame(3, 9, 2, (1, 2**31 - 1, 0)),
+    Ack(3, 9),
+    *CONTROL,
+)
 
 
 def packed(message: Message) -> bytes:

@@ -1,0 +1,164 @@
+"""A plan of three members on the loopback, the wire between them, and what travels there."""
+
+import contextlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from planner.schedule import Span, Step
+from stages.control import Hello
+from stages.frame import Dtype, Packet, run_number
+from stages.greeting import Listener, dial
+from stages.identity import Identity, Member, load_identity, make_identity
+from stages.link import Connection, Trust
+from stages.mailbox import LinkDown
+from stages.wire import StepFrame
+
+RUN = "run-1"
+
+
+@dataclass
+class Net:
+    """Members a and b of one plan, and everything to be closed after a test."""
+
+    identities: dict[str, Identity]
+    members: list[Member]
+    closing: list[Callable[[], None]] = field(default_factory=list)
+
+    def trust(self, name: str) -> Trust:
+        return Trust(self.identities[name], self.members)
+
+    def listener(
+        self, name: str = "b", hello: Hello | None = None, handshake_s: float = 5.0
+    ) -> Listener:
+        greeting = hello or hello_of(name)
+        listener = Listener(
+            self.trust(name), lambda: greeting, "127.0.0.1", handshake_s=handshake_s
+        )
+        self.closing.append(listener.close)
+        return listener
+
+    def pair(self, purpose: str = "data") -> tuple[Connection, Connection]:
+        """A connection from a to b: a's end and b's end."""
+        listener = self.listener()
+        hello = hello_of("a", purpose)
+        dialled = dial(self.trust("a"), "b", listener.address, hello, 5.0)
+        accepted = listener.accept(5.0)
+        self.closing += [dialled.close, accepted.close]
+        return dialled, accepted
+
+
+def hello_of(name: str, purpose: str = "data", run: str = RUN, epoch: int = 1) -> Hello:
+    return Hello.model_validate(
+        {"name": name, "run": run, "epoch": epoch, "incarnation": 7, "purpose": purpose}
+    )
+
+
+def step_frame(number: int, payload: bytes = bytes(64), epoch: int = 1) -> StepFrame:
+    step = Step(number, 0, (Span(1, 0, 1, True),))
+    return StepFrame(epoch, step, len(payload) // 4, Dtype.FLOAT32, memoryview(payload))
+
+
+def step_packet(number: int, payload: bytes = bytes(64), epoch: int = 1) -> Packet:
+    return step_frame(number, payload, epoch).encode(run_number(RUN))
+
+
+def data_hello(epoch: int = 1) -> Hello:
+    return hello_of("a", epoch=epoch)
+
+
+def wait_for(true: Callable[[], object], limit_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < deadline_s, "it did not come to pass"
+        time.sleep(0.005)
+
+
+def unexpected(down: LinkDown) -> None:
+    raise down.error
+
+
+def plan_in(folder: Path) -> Net:
+    """The plan whose keys lie in a folder, made where there are none yet."""
+    names = ("a", "b", "c")
+    known = (folder / "a.key").exists()
+    keys = {name: (load_identity if known else make_identity)(name, folder) for name in names}
+    return Net(keys, [Member(name, keys[name].certificate_pem) for name in names])
+
+
+def run_child(program: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    """A Python process that can import the rooms and `tests.linked`."""
+    root = str(Path(__file__).parent.parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], env=os.environ | {"PYTHONPATH": root}
+    )
+
+
+class Relay:
+    """A stretch of wire between a dialer and a listener, that can be cut, held and reset."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+        self.open = threading.Event()
+        self.open.set()
+        self.reset_after_bytes = 2**62
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._ends: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._listening.getsockname()
+        return host, port
+
+    def reset(self) -> None:
+        """Break every connection at once, as a router that lost its table does."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.open.set()
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self.reset()
+        for thread in self._threads:
+            thread.join()
+        self._listening.close()
+        for end in self._ends:
+            end.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listening.accept()
+                self._ends.append(near)
+                try:
+                    far = socket.create_connection(self.target)
+                except ConnectionRefusedError:
+                    near.close()
+                    continue
+                self._ends.append(far)
+                for pair in ((near, far), (far, near)):
+                    self._threads.append(threading.Thread(target=self._carry, args=pair))
+                    self._threads[-1].start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        left = self.reset_after_bytes
+        with contextlib.suppress(OSError):
+            while left > 0 and (piece := source.recv(min(left, 4096))):
+                self.open.wait()
+                target.sendall(piece)
+                left -= len(piece)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.shutdown(socket.SHUT_RDWR)
