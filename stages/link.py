@@ -198,8 +198,11 @@ class Connection:
         with self._sole_use():
             if self.undelivered():
                 return True
-            ready, _, _ = select.select([self._tls.fileno(), bell.fileno()], [], [], timeout_s)
-            return self._tls.fileno() in ready
+            waiting = select.poll()  # unlike select, for descriptors of any number
+            waiting.register(self._tls, select.POLLIN)
+            waiting.register(bell, select.POLLIN)
+            ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
+            return any(descriptor == self._tls.fileno() for descriptor, _ in ready)
 
     def undelivered(self) -> bool:
         """Whether TLS holds decrypted bytes that select does not see."""

@@ -214,6 +214,15 @@ def test_a_client_without_a_certificate_is_refused(net: Net) -> None:
     assert "did not return a certificate" in reason.lower()
 
 
+def test_a_session_is_tls_1_3_and_cannot_be_resumed(net: Net) -> None:
+    raw = socket.create_connection(net.listener().address)
+    with client_context(net, "a").wrap_socket(raw) as tls:
+        tls.sendall(bytes(data_hello().greeting()))
+        assert tls.recv(1)
+        assert tls.version() == "TLSv1.3"
+        assert tls.session is None or not tls.session.has_ticket
+
+
 def test_tls_1_2_is_refused(net: Net) -> None:
     context = client_context(net, "a")
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
