@@ -3,7 +3,7 @@
 An element's bits are rearranged so that plane 0 holds the part that compresses (an exponent carries
 about 2.7 of its 8 bits) and the others hold near noise:
 
-    JOINED   bfloat16  eeeeeeem | mmmmmms, seven bits packed      float32  as bfloat16 | low 16 bits
+    JOINED   bfloat16  eeeeeeem | smmmmmm, seven bits packed      float32  as bfloat16 | low 16 bits
     APART    bfloat16  eeeeeeee | mmmmmmms                        float32  as bfloat16 | low 16 bits
              float16   eeeeemmm | mmmmmmms                        opaque   one plane, as it is
 
@@ -36,12 +36,12 @@ SAME_BASE: Final[Words] = np.array([128], np.uint16)
 NO_BASE: Final[Words] = np.array([0], np.uint16)
 
 # Operands as arrays: for a short frame, numpy takes longer to convert a number than to use it.
-_1, _7, _8, _15 = (np.array(bits, np.uint16) for bits in (1, 7, 8, 15))
-_TIMES_64, _TIMES_128, _TWICE = (np.array(n, np.uint16) for n in (64, 128, 0x0101))
+_1, _7, _9, _15 = (np.array(bits, np.uint16) for bits in (1, 7, 9, 15))
+_TIMES_64, _TIMES_128, _TWICE = (np.array(n, np.uint16) for n in (64, 128, 0x0201))
 _SIGN, _NO_SIGN, _REST = (np.array(mask, np.uint16) for mask in (0x8000, 0x7FFF, 0x803F))
-_ONE, _SIX, _BIT_6 = (np.array(n, np.uint8) for n in (1, 6, 0x40))
+_SEVEN, _TOP = np.array(7, np.uint8), np.array(0x80, np.uint8)
 _UP: Final[Bytes] = np.array([[1], [2], [4], [8], [16], [32], [64]], np.uint8)
-_DOWN: Final[Bytes] = _UP[::-1].copy()
+_TO_TOP: Final[Bytes] = 2 * _UP[::-1]
 
 
 @dataclass(slots=True)
@@ -142,7 +142,7 @@ def _split_joined(x: Elements, bases: Words, *tail: Words) -> Planes | None:
         first[here] = symbols
         rest = _scratch.mantissas[: top.size]
         np.bitwise_and(top, _REST, rest)
-        np.right_shift(rest, _8, symbols)
+        np.right_shift(rest, _9, symbols)
         np.bitwise_or(rest, symbols, rest)
         second[here] = rest
     return Planes([first, _packed(second)], joined=True)
@@ -154,7 +154,7 @@ def _merge_joined(first: Bytes, second: Bytes, bases: Words, out: Words) -> None
     _by_channel(np.add, symbols, bases)
     np.multiply(symbols, _TIMES_64, symbols)  # a product is numpy's fastest left shift
     out[:] = second
-    np.multiply(out, _TWICE, out)  # the byte twice: the upper has the sign, the lower the rest
+    np.multiply(out, _TWICE, out)  # once for the sign at the top, once for the rest below
     np.bitwise_and(out, _REST, out)
     np.bitwise_or(out, symbols, out)
 
@@ -199,22 +199,19 @@ def _eighth(elements: int) -> int:
 
 
 def _packed(second: Bytes) -> Bytes:
-    """Bytes s0mmmmmm: seven eighths of them, with the last eighth's bits where the zeros were."""
+    """Bytes of seven bits: seven eighths of them, with the last eighth's bits on top of theirs."""
     blocks = second.reshape(8, -1)
-    last = blocks[7] >> _ONE & _BIT_6 | blocks[7]
-    packed: Bytes = np.multiply(last, _DOWN)
-    np.bitwise_and(packed, _BIT_6, packed)
+    packed: Bytes = np.multiply(blocks[7], _TO_TOP)
+    np.bitwise_and(packed, _TOP, packed)
     np.bitwise_or(packed, blocks[:7], packed)
     return packed.reshape(-1)
 
 
 def _unpacked(packed: Bytes) -> Bytes:
-    """The inverse of `_packed`, but that the zeros are left as they were stored."""
+    """The inverse of `_packed`, but that the foreign bits on top are left where they are."""
     second = np.empty(packed.size // 7 * 8, np.uint8)
     second[: packed.size] = packed
-    bits = packed.reshape(7, -1) >> _SIX
-    np.bitwise_and(bits, _ONE, bits)
+    bits = packed.reshape(7, -1) >> _SEVEN
     np.multiply(bits, _UP, bits)
-    last = np.bitwise_or.reduce(bits, axis=0)
-    np.add(last, last & _BIT_6, second[packed.size :])  # bit 6 is the sign: up to bit 7
+    np.bitwise_or.reduce(bits, axis=0, out=second[packed.size :])
     return second
