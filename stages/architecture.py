@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
@@ -24,6 +25,17 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Frequencies that follow the longest row of the batch: a row's numbers would hang on others."""
 TEXT_PART = {"gemma3"}
 """Composite models whose text part we know how to find in the checkpoint."""
+
+FAMILY_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+)
+"""What transformers' own classes raise for a config that makes no sense to them."""
 
 _silence_progress_bars: Any = logging.disable_progress_bar
 _silence_progress_bars()  # a stage's stderr is its log
@@ -55,7 +67,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except OSError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    except (ValueError, KeyError) as error:
+    except FAMILY_ERRORS as error:
         raise UnsupportedModelError(f"{folder / 'config.json'}: {error}") from error
     text = _text_part(folder, config)
     refuse_what_we_would_guess(text)
@@ -80,6 +92,8 @@ def _text_part(folder: Path, config: PretrainedConfig) -> PretrainedConfig:
 def refuse_what_we_would_guess(config: PretrainedConfig) -> None:
     """UnsupportedModelError, with its name, for any flag or layer type that we do not compute."""
     name = config.model_type
+    if getattr(config, "num_hidden_layers", 0) < 1:
+        raise UnsupportedModelError(f"{name}: a model without layers is not supported")
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if unknown:
         raise UnsupportedModelError(
@@ -107,8 +121,8 @@ def whole_model(config: PretrainedConfig, dtype: torch.dtype) -> Model:
             model: Model = build(
                 config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
             )
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"{config.model_type}: {error}") from error
+    except FAMILY_ERRORS as error:
+        raise UnsupportedModelError(f"{config.model_type}: cannot be built: {error!r}") from error
     if not model._supports_attention_backend:
         raise UnsupportedModelError(
             f"{config.model_type}: {type(model).__name__} does not let its attention be replaced"

@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.errors import ProtocolError
 
 NUCLEUS_PROBE = 256
-"""Likeliest tokens looked at first for a top-p cut; eight times as many while that is too few."""
+"""Likeliest tokens that a top-p cut looks at before it sorts the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,6 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 or more")
-
-    @property
-    def cuts(self) -> bool:
-        """Whether some tokens are never drawn."""
-        return self.top_k > 0 or self.top_p < 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,38 +97,48 @@ def uniform(seed: int, key: int, position: int) -> float:
 def draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
     """The token id at which the distribution function of one row [vocab] passes `chance`.
 
-    Temperature, then top-k, then top-p, as transformers' warpers mean them; in float64.
+    Temperature, then top-k, then top-p, as transformers' warpers mean them; sums in float64.
     """
-    scores = logits.double() / params.temperature
-    if not params.cuts:
-        return int(_pass(torch.softmax(scores, -1), chance))
-    ids, probabilities = _cut(scores, params)
-    return int(ids[_pass(probabilities, chance)])
+    if params.top_k == 0 and params.top_p == 1.0:
+        return int(_pass(_weights(logits, logits.max(), params), chance))
+    ids, weights = _cut(logits, params)
+    return int(ids[_pass(weights, chance)])
 
 
-def _cut(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def _weights(logits: Tensor, largest: Tensor, params: SamplingParams) -> Tensor:
+    """What each logit weighs beside the largest, which weighs 1: no temperature overflows."""
+    return ((logits.double() - largest.double()) / params.temperature).exp()
+
+
+def _cut(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Ids that may be drawn and their weights, likeliest first, the lower id first among equals."""
-    vocab = len(scores)
-    limited = 0 < params.top_k < vocab
-    log_total = scores.logsumexp(-1)
-    probe = params.top_k if limited else NUCLEUS_PROBE
-    while True:
-        ids, ranked = _at_least_the_top(scores, min(probe, vocab))
-        weights = torch.softmax(ranked, -1) if limited else (ranked - log_total).exp()
-        before = weights.cumsum(-1) - weights
-        enough = limited or len(ids) == vocab or bool(before[-1] >= params.top_p)
-        if enough:
-            kept = max(1, int((before < params.top_p).sum()))
-            return ids[:kept], weights[:kept]
-        probe *= 8
+    vocab = len(logits)
+    if 0 < params.top_k < vocab:
+        ids, ranked = _top(logits, params.top_k)
+        weights = _weights(ranked, ranked[0], params)
+        return _nucleus(ids, weights, weights.sum() * params.top_p)
+    mass = _weights(logits, logits.max(), params).sum() * params.top_p
+    ids, ranked = _top(logits, min(NUCLEUS_PROBE, vocab))
+    weights = _weights(ranked, ranked[0], params)
+    if bool(weights.sum() < mass):
+        ids, ranked = _top(logits, vocab)
+        weights = _weights(ranked, ranked[0], params)
+    return _nucleus(ids, weights, mass)
 
 
-def _at_least_the_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ids and scores of the `count` largest and of all that equal the last of them, ranked."""
-    least = scores.topk(count).values[-1]
-    ids = (scores >= least).nonzero().flatten()
-    ranked, order = scores[ids].sort(descending=True, stable=True)
+def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and logits of the `count` largest and of all that equal the last of them, ranked."""
+    least = logits.topk(count).values[-1] if count < len(logits) else logits.min()
+    ids = (logits >= least).nonzero().flatten()
+    ranked, order = logits[ids].sort(descending=True, stable=True)
     return ids[order], ranked
+
+
+def _nucleus(ids: Tensor, weights: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest that together first reach `mass`, one at least."""
+    before = weights.cumsum(-1) - weights
+    kept = max(1, int((before < mass).sum()))
+    return ids[:kept], weights[:kept]
 
 
 def _pass(weights: Tensor, chance: float) -> Tensor:

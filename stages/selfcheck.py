@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from planner.schedule import CHUNK_TOKENS, Grant, Span, Step
-from stages.architecture import Model, read_config
+from stages.architecture import FAMILY_ERRORS, Model, read_config
 from stages.errors import UnsupportedModelError
 from stages.shard import Shard, ShardSpec
 
@@ -48,7 +48,7 @@ def check(folder: Path) -> float:
     config = read_config(folder)
     try:
         return _largest_difference(narrowed(config))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+    except FAMILY_ERRORS as error:
         raise UnsupportedModelError(
             f"{config.model_type}: its layers cannot be run apart: {error!r}"
         ) from error

@@ -65,7 +65,7 @@ class Shard:
     """
 
     def __init__(self, model: Model, seat: Seat, facts: ShardFacts) -> None:
-        self._model = model
+        self.model = model
         self._body = body_of(model)
         self._seat = seat
         self.facts = facts
@@ -113,7 +113,7 @@ class Shard:
             and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.facts.vocab
         ):
             raise ProtocolError(f"a token id is not below the vocabulary's {self.facts.vocab}")
-        embedded: Tensor = self._model.get_input_embeddings()(token_ids.to(self.facts.device)[None])
+        embedded: Tensor = self.model.get_input_embeddings()(token_ids.to(self.facts.device)[None])
         return embedded[0]
 
     @torch.inference_mode()
@@ -149,7 +149,7 @@ class Shard:
             return states.new_empty(0, self.facts.vocab)
         padding = rounded(len(places)) - len(places)
         kept = torch.tensor(places + [0] * padding, device=self.facts.device)
-        answer = self._model(
+        answer = self.model(
             inputs_embeds=states, position_ids=positions, use_cache=False, logits_to_keep=kept
         )
         logits: Tensor = answer.logits[0, : len(places)]
