@@ -20,6 +20,7 @@ from pathlib import Path
 
 from flows.errors import ServerError
 
+DRAIN_S = 5.0
 START_LIMIT_S = 180.0
 """A first start migrates a fresh database: about 20 s on two busy cores."""
 
@@ -81,6 +82,31 @@ def embedded_server() -> Iterator[EmbeddedServer]:
         server.stop()
 
 
+@contextmanager
+def control_plane() -> Iterator[None]:
+    """The Prefect server that the user has configured, or else one of this run's own."""
+    from prefect.events.worker import EventsWorker  # noqa: PLC0415
+    from prefect.logging.handlers import APILogWorker  # noqa: PLC0415  (the child needs none)
+    from prefect.settings import (  # noqa: PLC0415
+        PREFECT_API_URL,
+        get_current_settings,
+        temporary_settings,
+    )
+
+    if get_current_settings().api.url:
+        yield
+        return
+    with embedded_server() as server:
+        server.wait_until_healthy()
+        with temporary_settings({PREFECT_API_URL: server.api_url}):
+            try:
+                yield
+            finally:
+                # What is still to be said to the server; once it is gone they would wait and wait.
+                APILogWorker.drain_all(timeout=DRAIN_S, at_exit=False)
+                EventsWorker.drain_all(timeout=DRAIN_S, at_exit=False)
+
+
 def _server_settings(home: Path) -> dict[str, str]:
     return {
         "PREFECT_HOME": str(home),
@@ -95,7 +121,10 @@ def _server_settings(home: Path) -> dict[str, str]:
 
 
 def _end_with_parent(home: Path) -> None:
-    sys.stdin.buffer.read()
+    while os.read(
+        sys.stdin.fileno(), 4096
+    ):  # no buffer: its lock would hold up the interpreter's end
+        pass
     shutil.rmtree(home, ignore_errors=True)
     os._exit(0)  # whoever asked is gone: there is nobody to shut down for in good order
 

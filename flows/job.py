@@ -46,7 +46,7 @@ class Sampling(_Strict):
     stop: tuple[Annotated[str, Field(min_length=1, max_length=1_000)], ...] = Field(
         default=(), max_length=16
     )
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class Job(_Strict):
@@ -95,7 +95,7 @@ def load_job(path: Path) -> Job:
     try:
         job = Job.model_validate(read_mapping(path))
     except ValidationError as error:
-        raise JobError(f"{path}: {_sentences(error)}") from error
+        raise JobError(f"{path}: {sentences(error)}") from error
     folder = path.resolve().parent
     prompts = job.prompts.model_copy(update={"uri": _located(job.prompts.uri, folder)})
     update: dict[str, Any] = {"prompts": prompts, "model": str(folder / job.model)}
@@ -108,7 +108,8 @@ def _located(uri: str, folder: Path) -> str:
     return uri if "://" in uri else str(folder / uri)
 
 
-def _sentences(error: ValidationError) -> str:
+def sentences(error: ValidationError) -> str:
+    """What is wrong with a job's settings, each fault with its name."""
     return "; ".join(
         f"{'.'.join(str(part) for part in fault['loc']) or 'job'}: {fault['msg']}"
         for fault in error.errors()

@@ -167,6 +167,16 @@ class Ring:
         for number in ended:
             self._end(slot, number)
 
+    def failed(self, slot_number: int) -> None:
+        """The slot's step was lost on its way: its sequences leave the ring.
+
+        What the step announced may not have reached every stage, so it is announced again.
+        """
+        step = self._slots[slot_number].step
+        assert step is not None, "a step fails once"
+        self._ended.extend(step.ended)
+        self.returned(slot_number, [span.sequence for span in step.spans])
+
     def _end(self, slot: _Slot, number: int) -> None:
         slot.sequences.remove(number)
         self._pool.give_back(self._sequences.pop(number).blocks)

@@ -106,9 +106,40 @@ class StageSpec(_Strict):
 
 
 class ProbeSpec(_Strict):
-    """What to measure on a node: the job's own layer, at one prefill and one decode shape."""
+    """What to measure on a node: the job's own layers, at one prefill and one decode shape."""
 
-    model: ModelSpec
+    folder: Path
+    dtype: DType = "auto"
+    threads: Count = 1
     prefill_tokens: Count = 128
     decode_rows: Count = 32
     context_tokens: Count = 128
+    repeats: Count = 5
+
+
+REFUSED = 3
+"""A probe's exit status for a model that must not be run."""
+
+
+class ProbeFacts(_Strict):
+    """What a probe measured: medians of one layer, on one node, with the spec's threads."""
+
+    dtype: DType
+    layers: Count
+    hidden: Count
+    layer_bytes: Count
+    embedding_bytes: Count
+    head_bytes: int = Field(ge=0)
+    """0 where the head shares the embedding's weights and both are on one stage."""
+    kv_bytes_per_token_layer: float
+    flop_per_token_layer: float
+    prefill_s: float
+    """One layer, `prefill_tokens` of one row."""
+    decode_s: float
+    """One layer, one token each of `decode_rows` rows that hold `context_tokens`."""
+    head_s: float
+    """From hidden states to the ids of `decode_rows` greedy tokens."""
+    memory_bytes_per_s: float
+    loopback_latency_s: float
+    loopback_bytes_per_s: float
+    """Plain TCP from one thread to another on this node."""

@@ -73,8 +73,8 @@ class KvCache:
         places = blocks * block_tokens
         self._pools = {
             kv.layer: (
-                torch.empty(1, kv.kv_heads, places, kv.key_dim, dtype=dtype, device=device),
-                torch.empty(1, kv.kv_heads, places, kv.value_dim, dtype=dtype, device=device),
+                torch.zeros(1, kv.kv_heads, places, kv.key_dim, dtype=dtype, device=device),
+                torch.zeros(1, kv.kv_heads, places, kv.value_dim, dtype=dtype, device=device),
             )
             for kv in layers
         }

@@ -1,0 +1,5 @@
+"""`python -m flows` is `wagonway`."""
+
+from flows.cli import main
+
+main()

@@ -1,0 +1,153 @@
+"""The main path: prompt rows in, result rows out. Read this first.
+
+Prefect sees a flow of a few coarse tasks. Between the start of the stages and the end of the last
+row the data path calls no Prefect API: threads of their own show the progress, and rows go on
+without them.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.errors import RunError
+from flows.job import Job
+from flows.launch import EPOCH, Fleet, StageSettings
+from flows.lease import Clerk, Lease, RunNames, in_order
+from flows.measure import Measured, measure
+from flows.model import open_model
+from flows.planning import SAMPLED_ROWS, make_plan, ring_of, workload
+from flows.report import shown
+from flows.run import Run, Summary, fingerprint, prompt_source
+from planner.plan import Plan
+from stages.config import Ring
+from storage.compact import MAX_LIVE_PARTS, compact
+from storage.export import export
+from storage.index import BuiltIndex, built_index
+from storage.progress import progress
+from storage.results import ResultRow, ResultWriter
+from storage.store import JobStore
+from storage.verify import verify
+
+AHEAD = 2
+"""Rows leased to a head, as a multiple of what its ring holds: it never waits for the driver."""
+REFILL_BELOW = 0.75
+"""Fraction of those rows at which more are leased, so that a lease is worth its message."""
+POLL_S = 0.5
+
+
+@flow(name="batch", flow_run_name="{job.name}", validate_parameters=False)
+def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
+    """Prompt rows in, result rows out; safe to run again after any crash."""
+    model = open_model(job)
+    with ExitStack() as scratch:
+        index = validate(job, scratch)
+        measured = measure_nodes(job, stages)
+        store = JobStore.create(
+            store_uri, job.name, fingerprint(job, model), job.model_dump(mode="json")
+        )
+        store.set_input(index)
+    run = Run(job, model, store, progress(store))
+    try:
+        if run.done.pending:
+            plan, settings = plan_run(run, measured)
+            with Fleet(plan, settings) as fleet:
+                start_stages(fleet)
+                process(run, fleet, settings.ring)
+            run.worked(fleet.vitals())
+        return finish(run)
+    except BaseException:
+        run.ended("failed")
+        raise
+
+
+@task(cache_policy=NO_CACHE)
+def validate(job: Job, scratch: ExitStack) -> BuiltIndex:
+    """Check every prompt row before anything starts; InputError names the file, row and column."""
+    return scratch.enter_context(built_index(prompt_source(job)))
+
+
+@task(name="measure", cache_policy=NO_CACHE)
+def measure_nodes(job: Job, stages: int) -> Measured:
+    """Check on a node that the model is computed rightly there, and how fast."""
+    return measure(job, stages)
+
+
+@task(name="plan", cache_policy=NO_CACHE)
+def plan_run(run: Run, measured: Measured) -> tuple[Plan, StageSettings]:
+    """Decide who computes which layers, and keep the decision with the run."""
+    sample = islice(run.prompts(), SAMPLED_ROWS)
+    work = workload(run.done.pending, sample, run.job, run.model)
+    plan = make_plan(measured, work)
+    run.planned(plan, measured)
+    [pipeline] = plan.pipelines
+    ring = ring_of(pipeline, measured, run.model.context_tokens, work)
+    settings = StageSettings(run.id, run.model.folder, run.job.dtype, measured.threads, ring)
+    return plan, settings
+
+
+@task(cache_policy=NO_CACHE)
+def start_stages(fleet: Fleet) -> None:
+    """Start one long-lived flow per stage; they are loaded and connected when this returns."""
+    fleet.start()
+
+
+@task(cache_policy=NO_CACHE)
+def process(run: Run, fleet: Fleet, ring: Ring) -> None:
+    """Lease rows to the head, take answers back, commit them; the one long task."""
+    names = RunNames(run.id, run.plan_id, EPOCH)
+    clerk = Clerk(run.job, run.model, names, ring.blocks * ring.block_tokens)
+    writer = ResultWriter(run.store, run.done)
+    run.tally.start()
+    with shown(run.tally):
+        try:
+            for row in ended_rows(run, fleet, clerk, AHEAD * ring.slots * ring.slot_rows):
+                if row is not None:
+                    writer.append(row)
+                    run.tally.count(row)
+                if writer.due():
+                    _commit(writer, run.store)
+        finally:
+            writer.commit()  # what is answered is kept, whatever became of the rest
+    run.tally.stop()
+
+
+def ended_rows(run: Run, fleet: Fleet, clerk: Clerk, ahead: int) -> Iterator[ResultRow | None]:
+    """Every row's end as it comes, with `ahead` rows leased; None after each look for answers."""
+    leases: dict[int, Lease] = {}
+    prompts = in_order(run.prompts())
+    more = True
+    while more or leases:
+        if more and len(leases) <= ahead * REFILL_BELOW:
+            wanted = ahead - len(leases)
+            fresh = [clerk.lease(prompt) for prompt in islice(prompts, wanted)]
+            more = len(fresh) == wanted
+            yield from (row for row in fresh if isinstance(row, ResultRow))
+            leased = [lease for lease in fresh if isinstance(lease, Lease)]
+            leases |= {lease.row.row: lease for lease in leased}
+            if leased:
+                fleet.lease(0, [lease.row for lease in leased])
+        if leases:
+            for answer in fleet.answers(POLL_S):
+                yield clerk.ended(leases.pop(answer.row), answer)
+        yield None
+
+
+def _commit(writer: ResultWriter, store: JobStore) -> None:
+    writer.commit()
+    if writer.live_parts > MAX_LIVE_PARTS:
+        compact(store)
+
+
+@task(name="verify", cache_policy=NO_CACHE)
+def finish(run: Run) -> Summary:
+    """Prove that every row has exactly one result; RunError naming what is missing otherwise."""
+    found = verify(run.store)
+    if not found.complete:
+        raise RunError(f"{run.job.name}: {'; '.join(found.problems())}")
+    if run.job.results is not None:
+        export(run.store, run.job.results)
+    run.ended("completed", found.ok, found.failed)
+    return run.summary

@@ -1,0 +1,199 @@
+"""The command line: reads what the user typed, calls one function, prints what came of it.
+
+Exit status: 0 done, 1 some rows failed or the run failed, 2 the job, its input or the usage is wrong.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pa_parquet
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.batch import run_batch
+from flows.embedded import control_plane
+from flows.errors import FlowError, JobError
+from flows.job import load_job
+from flows.measure import measure
+from flows.model import open_model
+from flows.planning import SAMPLED_ROWS, make_plan, workload
+from flows.run import prompt_source
+from planner.explain import explain
+from storage.catalog import query as sql_query
+from storage.errors import (
+    FingerprintError,
+    InputError,
+    JobNotFoundError,
+    QueryError,
+    StorageError,
+)
+from storage.formats import read_rows
+from storage.index import built_index
+from storage.store import JobStore
+from storage.verify import verify as verify_store
+
+DONE, FAILED, USAGE = 0, 1, 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file (YAML or JSON).")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or a job's name.")]
+Store = Annotated[str, typer.Option(help="The store: a folder or an fsspec URI.")]
+Stages = Annotated[int, typer.Option(min=1, max=64, help="Stage processes on this machine.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+
+
+class Format(StrEnum):
+    """How a query's result is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+@app.callback()
+def wagonway() -> None:
+    """Large offline LLM jobs on a few unequal nodes joined by slow links."""
+
+
+@app.command()
+def run(
+    job_file: JobFile, store: Store = "store", stages: Stages = 1, as_json: AsJson = False
+) -> None:
+    """Answer every row of a job; safe to repeat: finished rows are not computed again."""
+    job = load_job(job_file)
+    with control_plane():
+        summary = run_batch(job, store, stages)
+    if as_json:
+        _print_json(asdict(summary))
+    else:
+        rate = f"{summary.tokens_per_s:,.0f} tokens/s, {3600 * summary.rows_per_s:,.0f} rows/hour"
+        Console().print(
+            f"{summary.job}: {summary.rows_ok:,} rows answered, {summary.rows_failed:,} failed, "
+            f"{summary.rows_earlier:,} of them by earlier runs; {summary.seconds:.1f} s, {rate}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    raise typer.Exit(FAILED if summary.rows_failed else DONE)
+
+
+@app.command()
+def plan(job_file: JobFile, stages: Stages = 1, as_json: AsJson = False) -> None:
+    """Say what a run would do and how long it would take, starting nothing."""
+    job = load_job(job_file)
+    model = open_model(job)
+    source = prompt_source(job)
+    with built_index(source) as index:
+        rows = index.rows
+    work = workload(rows, islice(read_rows(source), SAMPLED_ROWS), job, model)
+    planned = make_plan(measure(job, stages), work)
+    if as_json:
+        _print_json(asdict(planned) | {"gap": planned.gap})
+    else:
+        Console().print(explain(planned), highlight=False)
+
+
+@app.command()
+def status(
+    job: Annotated[str | None, JobName] = None, store: Store = "store", as_json: AsJson = False
+) -> None:
+    """How far each job of the store is, or one job."""
+    name = _job_name(job) if job else None
+    _print_table(sql_query(store, _STATUS, name), Format.JSON if as_json else Format.TABLE)
+
+
+_STATUS = """
+    select j.job, j.rows, j.rows_ok, j.rows_failed, j.rows_pending, j.verified,
+           r.status as last_run, round(r.tokens_per_s, 1) as tokens_per_s, r.started_at
+    from jobs j left join (
+        select job, arg_max(status, started_at) as status, arg_max(tokens_per_s, started_at)
+               as tokens_per_s, max(started_at) as started_at from runs group by job
+    ) r using (job) order by j.job
+"""
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One statement that reads.")],
+    store: Store = "store",
+    job: Annotated[str | None, typer.Option(help="One job; all of the store otherwise.")] = None,
+    fmt: Annotated[
+        Format, typer.Option("--format", help="How to print the result.")
+    ] = Format.TABLE,
+) -> None:
+    """Ask questions in SQL about prompts, results, errors, pending, jobs, runs, stages, links, nodes."""
+    _print_table(sql_query(store, sql, job), fmt)
+
+
+@app.command()
+def verify(job: JobName, store: Store = "store", as_json: AsJson = False) -> None:
+    """Prove that every row of a job has exactly one result and that every file is whole."""
+    found = verify_store(JobStore.open(store, _job_name(job)))
+    if as_json:
+        _print_json(asdict(found) | {"complete": found.complete})
+    else:
+        lines = found.problems() or [f"{found.rows:,} rows, each with one result; all parts whole"]
+        sys.stdout.write("\n".join(lines) + "\n")
+    raise typer.Exit(DONE if found.complete else FAILED)
+
+
+def _job_name(job: str) -> str:
+    return load_job(Path(job)).name if Path(job).is_file() else job
+
+
+def _print_json(document: object) -> None:
+    sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+
+
+def _print_table(table: pa.Table, fmt: Format) -> None:
+    if fmt is Format.JSON:
+        _print_json(table.to_pylist())
+    elif fmt is Format.CSV:
+        pa_csv.write_csv(table, sys.stdout.buffer)
+    elif fmt is Format.PARQUET:
+        pa_parquet.write_table(table, pa.PythonFile(sys.stdout.buffer, mode="w"))
+    else:
+        shown = Table(*table.column_names)
+        for row in table.to_pylist():
+            shown.add_row(*("" if value is None else str(value) for value in row.values()))
+        Console().print(shown)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `wagonway` and `python -m flows`."""
+    status = exit_status(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed by now. An ordinary exit would wait for Prefect's background threads, and
+    # they keep DuckDB's types alive, of which its binding then complains for fifty lines.
+    os._exit(status)
+
+
+def exit_status(arguments: Sequence[str] | None = None) -> int:
+    """Run the command: our errors become one line and a status; others are bugs, with traceback."""
+    try:
+        app(arguments)
+    except SystemExit as ended:  # how typer ends every command, and refuses wrong usage
+        return int(ended.code or DONE)
+    except (JobError, InputError, FingerprintError, JobNotFoundError, QueryError) as error:
+        sys.stderr.write(f"wagonway: {error}\n")
+        return USAGE
+    except (FlowError, StorageError) as error:
+        sys.stderr.write(f"wagonway: {error}\n")
+        return FAILED
+    raise AssertionError("typer ends every command by SystemExit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Starts the stages of a plan and speaks with them: rows to the heads, answers back.
+
+Every stage dials the driver over TLS, with a key pair made for this run; the driver tells each where
+the others listen. What stages say arrives in one mailbox, read by one thread.
+"""
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from flows.errors import FlowError, RunError, StageLostError
+from flows.stage import last_words, stage
+from planner.plan import Plan, StagePlan
+from stages.config import Address, DType, ModelSpec, Ring, StageSpec
+from stages.control import (
+    Answer,
+    Answers,
+    Heartbeat,
+    Hello,
+    LeasedRow,
+    Peer,
+    Ready,
+    Rows,
+    StageFailed,
+    Stop,
+    Topology,
+    decode,
+)
+from stages.duplex import Duplex
+from stages.errors import LinkTimeoutError, StageError
+from stages.greeting import Listener
+from stages.identity import Identity, Member, make_identity
+from stages.link import Trust
+from stages.mailbox import Arrival, LinkDown, Mail, Mailbox
+
+log = logging.getLogger(__name__)
+
+DRIVER = "driver"
+EPOCH = 1
+HOST = "127.0.0.1"
+JOIN_S = 180.0
+"""From the start of a stage's process to its first word: imports, on a busy machine."""
+STOP_S = 15.0
+"""For a stage to leave after Stop; whoever stays goes when this process does."""
+CAUSE_S = 1.0
+"""When one stage dies its neighbours complain too; the dead one is known within this."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSettings:
+    """What every stage of a run is told alike."""
+
+    run: str
+    model: Path
+    dtype: DType
+    threads: int
+    ring: Ring
+
+
+@dataclass(slots=True)
+class _Station:
+    """One stage as the driver sees it; only the fleet's thread changes it."""
+
+    plan: StagePlan
+    pipeline: int
+    identity: Identity
+    spec_path: Path
+    link: Duplex | None = None
+    flow: threading.Thread | None = None
+    ended: list[str] = field(default_factory=list)
+    """How its flow ended, if not well."""
+
+    @property
+    def member(self) -> str:
+        return self.plan.node
+
+
+class Fleet:
+    """The stages of one run, as a context: whatever happens inside, they are stopped at its end.
+
+    One thread uses it.
+    """
+
+    def __init__(
+        self, plan: Plan, settings: StageSettings, start: Callable[[str, str], object] = stage
+    ) -> None:
+        """`start(member, spec_path)` lives as long as that stage does, in a thread of its own."""
+        self._settings = settings
+        self._start = start
+        self._pipelines = [tuple(s.node for s in p.stages) for p in plan.pipelines]
+        self._scratch = tempfile.TemporaryDirectory(prefix="wagonway-run-")  # mode 0700: keys
+        folder = Path(self._scratch.name)
+        self._stations = {
+            s.node: _Station(s, number, make_identity(s.node, folder), folder / f"{s.node}.json")
+            for number, pipeline in enumerate(plan.pipelines)
+            for s in pipeline.stages
+        }
+        self._identity = make_identity(DRIVER, folder)
+        members = [Member(s.member, s.identity.certificate_pem) for s in self._stations.values()]
+        self._listener = Listener(Trust(self._identity, members), self._hello, HOST)
+        self._mailbox = Mailbox()
+        self._leases = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+        self._scratch.cleanup()
+
+    def start(self) -> None:
+        """Start every stage, wait until all are loaded and connected; StageLostError otherwise."""
+        for station in self._stations.values():
+            station.spec_path.write_text(self._spec(station).model_dump_json(), encoding="utf-8")
+            station.flow = threading.Thread(
+                target=copy_context().run, args=(self._supervise, station), daemon=True
+            )
+            station.flow.start()
+        peers = tuple(self._joined() for _ in self._stations)
+        topology = Topology(epoch=EPOCH, peers=peers)
+        for station in self._stations.values():
+            self._send(station, topology)
+        for _ in self._stations:
+            message = self._next(None)
+            if not isinstance(message, Ready):
+                raise RunError(f"a stage said {message} before it was ready")
+
+    def lease(self, pipeline: int, rows: Sequence[LeasedRow]) -> None:
+        """Hand rows to a pipeline's head."""
+        self._leases += 1
+        head = self._stations[self._pipelines[pipeline][0]]
+        self._send(head, Rows(lease=f"{self._settings.run}-{self._leases}", rows=tuple(rows)))
+
+    def answers(self, timeout_s: float) -> tuple[Answer, ...]:
+        """The next rows that ended, none if none came in time; StageLostError if a stage is lost."""
+        message = self._next(timeout_s)
+        if message is None:
+            return ()
+        if not isinstance(message, Answers):
+            raise RunError(f"a head said {type(message).__name__} in place of answers")
+        return message.answers
+
+    def vitals(self) -> dict[str, Heartbeat]:
+        """Every stage's last heartbeat, by name; after `stop`, its final one."""
+        return {s.member: s.link.heard for s in self._stations.values() if s.link and s.link.heard}
+
+    def stop(self) -> None:
+        """Ask every stage to leave, and wait for it."""
+        for station in self._stations.values():
+            if station.link is not None:
+                with suppress(StageError):  # it is gone already: that was the aim
+                    station.link.send(Stop(reason="the run is over"), timeout_s=1.0)
+        deadline = time.monotonic() + STOP_S
+        for station in self._stations.values():
+            if station.flow is not None:
+                station.flow.join(max(0.0, deadline - time.monotonic()))
+                if station.flow.is_alive():
+                    log.warning("stage does not leave member=%s", station.member)
+        for station in self._stations.values():
+            if station.link is not None:
+                with suppress(StageError):  # it left first, as it should
+                    station.link.close()
+        self._listener.close()
+
+    def _hello(self) -> Hello:
+        return Hello(
+            name=DRIVER, run=self._settings.run, epoch=EPOCH, incarnation=0, purpose="control"
+        )
+
+    def _spec(self, station: _Station) -> StageSpec:
+        settings, (host, port) = self._settings, self._listener.address
+        pipeline = self._pipelines[station.pipeline]
+        known = [self._identity, *(self._stations[name].identity for name in pipeline)]
+        return StageSpec(
+            run=settings.run,
+            epoch=EPOCH,
+            member=station.member,
+            pipeline=pipeline,
+            model=ModelSpec(
+                folder=settings.model,
+                first_layer=station.plan.first_layer,
+                end_layer=station.plan.end_layer,
+                dtype=settings.dtype,
+                threads=settings.threads,
+            ),
+            ring=settings.ring,
+            driver=DRIVER,
+            driver_address=Address(host=host, port=port),
+            listen=Address(host=HOST, port=0),
+            certificate=station.identity.certificate_path,
+            key=station.identity.key_path,
+            members={i.name: i.certificate_pem for i in known if i.name != station.member},
+        )
+
+    def _joined(self) -> Peer:
+        """The next stage that dials in, and where it listens."""
+        deadline = time.monotonic() + JOIN_S
+        while time.monotonic() < deadline:
+            ended = next((s for s in self._stations.values() if s.ended), None)
+            if ended is not None:
+                raise StageLostError(ended.ended[0])
+            try:
+                connection = self._listener.accept(timeout_s=0.5)
+            except LinkTimeoutError:
+                continue
+            station = self._stations[connection.peer]
+            station.link = Duplex(connection, self._mailbox)
+            hello = connection.hello
+            return Peer(
+                name=station.member,
+                host=hello.host,
+                port=hello.port,
+                certificate=station.identity.certificate_pem,
+            )
+        missing = [s.member for s in self._stations.values() if s.link is None]
+        raise StageLostError(f"stages {', '.join(missing)} said nothing in {JOIN_S:.0f} s")
+
+    def _send(self, station: _Station, message: Topology | Rows) -> None:
+        assert station.link is not None, "stages are joined before they are spoken to"
+        try:
+            station.link.send(message)
+        except StageError as error:
+            raise self._lost(LinkDown(station.link.connection, error)) from error
+
+    def _next(self, timeout_s: float | None) -> object | None:
+        mail = self._mailbox.get(timeout_s)
+        if mail is None:
+            return None
+        if isinstance(mail, LinkDown):
+            raise self._lost(mail)
+        message = decode(mail.frame)
+        if isinstance(message, StageFailed):
+            raise self._lost(mail)
+        return message
+
+    def _lost(self, first: Mail) -> FlowError:
+        """Which stage is to blame, now that something went wrong: a silent death before complaints."""
+        mails: list[Mail] = [first]
+        deadline = time.monotonic() + CAUSE_S
+        while (left := deadline - time.monotonic()) > 0:
+            mail = self._mailbox.get(left)
+            if mail is not None:
+                mails.append(mail)
+        complaints: dict[str, StageFailed] = {}
+        for mail in mails:
+            if isinstance(mail, Arrival):
+                message = decode(mail.frame)
+                if isinstance(message, StageFailed):
+                    complaints.setdefault(mail.source.peer, message)
+        for mail in mails:
+            if isinstance(mail, LinkDown) and mail.source.peer not in complaints:
+                words = last_words(self._stations[mail.source.peer].spec_path.with_suffix(".log"))
+                return StageLostError(f"stage {mail.source.peer} is lost: {mail.error}; {words}")
+        name, failed = next(iter(complaints.items()))
+        return StageLostError(f"stage {name} failed: {failed.error_type}: {failed.message}")
+
+    def _supervise(self, station: _Station) -> None:
+        """The thread of one stage; what it ends with is told to whoever waits for the stage."""
+        try:
+            self._start(station.member, str(station.spec_path))
+        except (StageLostError, StageError) as error:
+            station.ended.append(str(error))

@@ -1,0 +1,158 @@
+"""Prompt rows on their way to a head and back: encoded just ahead, leased, ended as result rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+
+import xxhash
+from pydantic import ValidationError
+
+from flows.job import Job, Sampling, sentences
+from flows.model import ModelFolder
+from stages.control import Answer, LeasedRow
+from stages.errors import PromptError
+from storage.prompts import PromptRow
+from storage.results import ResultRow
+
+WINDOW_ROWS = 4096
+"""Rows that are put in order at once: those that share a prefix together, then the longest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A row that is with a head, and what its result row will say besides the answer."""
+
+    prompt: PromptRow
+    row: LeasedRow
+    sampling: Sampling
+    cut_short: bool
+    """Whether the context, or the plan's KV cache, leaves less room than max_new_tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunNames:
+    """What every result row of a run says of where it comes from."""
+
+    run: str
+    plan: str
+    epoch: int
+
+
+def in_order(rows: Iterator[PromptRow]) -> Iterator[PromptRow]:
+    """The same rows, window by window: equal prefixes side by side, longest first among them."""
+    while window := list(islice(rows, WINDOW_ROWS)):
+        window.sort(key=lambda row: (row.prefix_hash, -row.length))
+        yield from window
+
+
+class Clerk:
+    """Turns prompt rows into leases or row errors, and answers into result rows; holds no state."""
+
+    def __init__(self, job: Job, model: ModelFolder, names: RunNames, kv_tokens: int) -> None:
+        self._job = job
+        self._model = model
+        self._names = names
+        self._room_tokens = min(model.context_tokens, kv_tokens)
+
+    def lease(self, prompt: PromptRow) -> Lease | ResultRow:
+        """The row as its head takes it; or its result at once, where nothing is to be computed."""
+        sampling = self._job.sampling
+        try:
+            sampling = self._sampling(prompt)
+            ids = self._encoded(prompt)
+        except PromptError as error:
+            blank = self._blank(prompt, sampling)
+            return replace(
+                blank,
+                status="error",
+                text=None,
+                finish_reason="error",
+                error_type=error.kind,
+                error_message=str(error),
+            )
+        new_tokens = min(sampling.max_new_tokens, self._room_tokens - len(ids))
+        row = LeasedRow(
+            row=prompt.row_id,
+            key=xxhash.xxh3_64_intdigest(prompt.custom_id.encode()),
+            seed=sampling.seed,
+            token_ids=tuple(ids),
+            max_new_tokens=new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=sampling.stop,
+        )
+        cut_short = new_tokens < sampling.max_new_tokens
+        if new_tokens == 0:
+            blank = self._blank(prompt, sampling)
+            return replace(blank, prompt_tokens=len(ids), truncated=cut_short)
+        return Lease(prompt, row, sampling, cut_short)
+
+    def ended(self, lease: Lease, answer: Answer) -> ResultRow:
+        """The result row of an answer."""
+        failed = answer.error_type is not None
+        return replace(
+            self._blank(lease.prompt, lease.sampling),
+            status="error" if failed else "ok",
+            text=None if failed else answer.text,
+            finish_reason=answer.finish_reason,
+            error_type=answer.error_type,
+            error_message=answer.error_message,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            replayed_tokens=answer.replayed_tokens,
+            truncated=lease.cut_short and answer.finish_reason == "length",
+            queued_s=answer.queued_s,
+            prefill_s=answer.prefill_s,
+            decode_s=answer.decode_s,
+        )
+
+    def _sampling(self, prompt: PromptRow) -> Sampling:
+        """The job's sampling with the row's own settings over it."""
+        if not prompt.sampling:
+            return self._job.sampling
+        try:
+            return Sampling.model_validate({**self._job.sampling.model_dump(), **prompt.sampling})
+        except ValidationError as error:
+            raise PromptError("invalid_sampling", sentences(error)) from error
+
+    def _encoded(self, prompt: PromptRow) -> list[int]:
+        encoder = self._model.encoder
+        if prompt.messages is not None:
+            ids = encoder.encode_messages(prompt.messages)
+        else:
+            ids = encoder.encode(prompt.prompt or "")
+        if len(ids) > self._model.context_tokens:
+            raise PromptError(
+                "prompt_too_long",
+                f"{len(ids)} tokens; the model's context holds {self._model.context_tokens}",
+            )
+        if len(ids) > self._room_tokens:
+            raise PromptError(
+                "prompt_over_memory",
+                f"{len(ids)} tokens; the plan's KV cache holds {self._room_tokens} of one row; "
+                "run with more memory or fewer stages on this machine",
+            )
+        return ids
+
+    def _blank(self, prompt: PromptRow, sampling: Sampling) -> ResultRow:
+        """The result row of an answer that has no tokens."""
+        return ResultRow(
+            row_id=prompt.row_id,
+            custom_id=prompt.custom_id,
+            input_hash=prompt.input_hash,
+            status="ok",
+            text="",
+            finish_reason="length",
+            sampling=sampling.model_dump_json(),
+            model=self._model.folder.name,
+            model_revision=self._model.digest,
+            job=self._job.name,
+            run_id=self._names.run,
+            finished_at=datetime.now(UTC),
+            seed=sampling.seed,
+            plan=self._names.plan,
+            epoch=self._names.epoch,
+            pipeline=0,
+        )

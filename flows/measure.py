@@ -1,0 +1,101 @@
+"""Measures the nodes for one job: a probe on each, as a child process; facts out."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from flows.errors import JobError, RunError
+from flows.job import Job
+from planner.facts import Cluster, LayerTimes, Link, ModelShape, Node
+from stages.config import REFUSED, ProbeFacts, ProbeSpec
+
+USABLE_MEMORY = 0.8
+"""Share of the free memory that a run may plan with; the rest is the system's and the driver's."""
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a plan rests on."""
+
+    cluster: Cluster
+    model: ModelShape
+    threads: int
+    """Threads that each stage computes with."""
+    basis: tuple[str, ...]
+    """The same for people, a line each."""
+
+
+def measure(job: Job, stages: int) -> Measured:
+    """Probe this machine for a run of so many stages; JobError for a model that must be refused."""
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // stages)
+    spec = ProbeSpec(folder=Path(job.model), dtype=job.dtype, threads=threads)
+    facts = _probed(spec)
+    crowding = max(1.0, stages * threads / cores)
+    free_bytes = psutil.virtual_memory().available
+    node_bytes = USABLE_MEMORY * free_bytes / stages
+    nodes = tuple(_node(f"local-{i}", spec, facts, node_bytes, crowding) for i in range(stages))
+    loopback = Link("", "", facts.loopback_latency_s, facts.loopback_bytes_per_s)
+    basis = (
+        f"{cores} cores and {free_bytes / 2**30:.1f} GiB free; {stages} stages of {threads} "
+        f"threads on this machine, each at 1/{crowding:.3g} of its speed alone",
+        f"one layer takes {1e3 * facts.prefill_s:.2f} ms for {spec.prefill_tokens} prompt tokens, "
+        f"{1e3 * facts.decode_s:.2f} ms for {spec.decode_rows} rows of {spec.context_tokens}",
+        f"{facts.layers} layers of {facts.layer_bytes / 2**20:.1f} MiB in {facts.dtype}; "
+        f"{facts.kv_bytes_per_token_layer:.0f} bytes of keys and values per token and layer",
+        f"loopback carries {facts.loopback_bytes_per_s / 1e6:.0f} MB/s at "
+        f"{1e6 * facts.loopback_latency_s:.0f} us",
+    )
+    return Measured(Cluster(nodes, (), loopback), _shape(facts), threads, basis)
+
+
+def _probed(spec: ProbeSpec) -> ProbeFacts:
+    with tempfile.TemporaryDirectory(prefix="wagonway-probe-") as folder:
+        spec_path, facts_path = Path(folder) / "spec.json", Path(folder) / "facts.json"
+        spec_path.write_text(spec.model_dump_json(), encoding="utf-8")
+        child = subprocess.run(
+            [sys.executable, "-m", "stages.probe", str(spec_path), str(facts_path)],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        words = child.stderr.strip().splitlines() or ["it said nothing"]
+        if child.returncode == REFUSED:
+            raise JobError(words[-1])
+        if child.returncode != 0:
+            raise RunError(f"the probe ended with status {child.returncode}: {words[-1]}")
+        return ProbeFacts.model_validate_json(facts_path.read_text(encoding="utf-8"))
+
+
+def _node(
+    name: str, spec: ProbeSpec, facts: ProbeFacts, memory_bytes: float, crowding: float
+) -> Node:
+    return Node(
+        name=name,
+        flop_per_s=facts.flop_per_token_layer * spec.prefill_tokens / facts.prefill_s / crowding,
+        memory_bytes=memory_bytes,
+        memory_bytes_per_s=facts.memory_bytes_per_s / crowding,
+        region="local",
+        kind="cpu",
+        layer_s=LayerTimes(
+            prefill=((spec.prefill_tokens, facts.prefill_s * crowding),),
+            decode=((spec.decode_rows, spec.context_tokens, facts.decode_s * crowding),),
+        ),
+    )
+
+
+def _shape(facts: ProbeFacts) -> ModelShape:
+    return ModelShape(
+        layers=facts.layers,
+        hidden=facts.hidden,
+        layer_bytes=facts.layer_bytes,
+        kv_bytes_per_token_layer=facts.kv_bytes_per_token_layer,
+        activation_value_bytes=_VALUE_BYTES[facts.dtype],
+        embedding_bytes=facts.embedding_bytes,
+        head_bytes=facts.head_bytes,
+        flop_per_token_layer=facts.flop_per_token_layer,
+    )

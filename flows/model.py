@@ -1,0 +1,74 @@
+"""What the driver must know of a model folder, without torch: its digest, context and tokenizer."""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from flows.errors import JobError
+from flows.job import Job
+from stages.errors import ModelError
+from stages.prompt import PromptEncoder
+
+_PIECE_BYTES = 2**20
+_PIECE_EVERY_BYTES = 64 * 2**20
+"""A digest reads one piece of each so many: any training changes nearly every weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A checkpoint on disk."""
+
+    folder: Path
+    digest: str
+    """sha256 over every weight file's size, header and regular pieces, and over the config."""
+    context_tokens: int
+    """Positions that the model was made for."""
+    encoder: PromptEncoder
+
+
+def open_model(job: Job) -> ModelFolder:
+    """Look into the job's model folder; JobError if it cannot be used, saying why."""
+    folder = Path(job.model)
+    if not folder.is_dir():
+        raise JobError(f"{folder}: there is no such model folder")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+        found = (
+            f"found {pickles[0]}; convert it: pickle is never loaded" if pickles else "none found"
+        )
+        raise JobError(f"{folder}: weights must be safetensors ({found})")
+    try:
+        encoder = PromptEncoder.load(folder, job.prompts.special_tokens)
+    except ModelError as error:
+        raise JobError(str(error)) from error
+    return ModelFolder(folder, _digest(folder, weights), _context_tokens(folder), encoder)
+
+
+def _context_tokens(folder: Path) -> int:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        tokens = config.get("text_config", config)["max_position_embeddings"]
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise JobError(f"{path}: no max_position_embeddings in it: {error}") from error
+    if not isinstance(tokens, int) or tokens < 1:
+        raise JobError(f"{path}: max_position_embeddings is {tokens!r}")
+    return tokens
+
+
+def _digest(folder: Path, weights: list[Path]) -> str:
+    digest = sha256(
+        (folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b""
+    )
+    for path in weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, _PIECE_EVERY_BYTES):
+                file.seek(offset)
+                digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()

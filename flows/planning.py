@@ -1,0 +1,87 @@
+"""From a job and measured nodes to a plan, and from a plan to the settings of its ring."""
+
+import statistics
+from collections.abc import Iterable
+
+from flows.job import Job, Sampling
+from flows.measure import Measured
+from flows.model import ModelFolder
+from planner.facts import Lengths, Workload
+from planner.plan import Pipeline, Plan, StagePlan
+from planner.schedule import CHUNK_TOKENS
+from planner.solve import solve_in_order
+from stages.config import Ring
+from stages.errors import PromptError
+from storage.prompts import PromptRow
+
+BLOCK_TOKENS = 16
+SAMPLED_ROWS = 256
+"""Prompts that are tokenized to learn their lengths."""
+CHUNKS_PER_STEP = 2
+"""Prefill chunks that may travel with a step's decodes: more fills the ring sooner, and unevenly."""
+KV_SHARE = 0.8
+"""Of the memory that a stage's weights leave free; the rest is for activations."""
+
+
+def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolder) -> Workload:
+    """What is to do, from a sample of the rows; outputs are assumed to run to their limits."""
+    prompts: list[int] = []
+    outputs: list[int] = []
+    for row in sample:
+        try:
+            encoder = model.encoder
+            ids = (
+                encoder.encode(row.prompt or "")
+                if row.messages is None
+                else encoder.encode_messages(row.messages)
+            )
+        except PromptError:
+            continue  # it will be its row's error; a length it has none
+        prompts.append(len(ids))
+        asked = row.sampling.get("max_new_tokens", job.sampling.max_new_tokens)
+        outputs.append(int(asked) if isinstance(asked, int | float) else Sampling().max_new_tokens)
+    return Workload(rows, _lengths(prompts), _lengths(outputs))
+
+
+def _lengths(counts: list[int]) -> Lengths:
+    if not counts:
+        return Lengths(1.0, 1.0)
+    ordered = sorted(counts)
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return Lengths(max(1.0, statistics.fmean(ordered)), max(1.0, float(p95)))
+
+
+def make_plan(measured: Measured, work: Workload) -> Plan:
+    """The fastest split of the layers over the nodes, in their order."""
+    plan = solve_in_order(measured.cluster, measured.model, work)
+    return Plan(
+        plan.pipelines, plan.rows_per_s, plan.tokens_per_s, plan.finish_s,
+        plan.bound_tokens_per_s, plan.binding, (*measured.basis, *plan.basis),
+    )  # fmt: skip
+
+
+def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: Workload) -> Ring:
+    """The ring's settings: as many KV blocks as the rows in flight may want, or as memory allows."""
+    rows = pipeline.micro_batch_rows * pipeline.in_flight
+    longest = work.prompt_tokens.p95 + work.output_tokens.p95
+    wanted = max(rows * longest, context_tokens)
+    room = min(_room_tokens(stage, measured) for stage in pipeline.stages)
+    return Ring(
+        slots=pipeline.in_flight,
+        slot_rows=pipeline.micro_batch_rows,
+        blocks=max(1, int(min(wanted, room)) // BLOCK_TOKENS),
+        block_tokens=BLOCK_TOKENS,
+        step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
+    )
+
+
+def _room_tokens(stage: StagePlan, measured: Measured) -> float:
+    """Tokens whose keys and values fit beside a stage's weights."""
+    shape = measured.model
+    weights_bytes = stage.layers * shape.layer_bytes
+    if stage.first_layer == 0:
+        weights_bytes += shape.embedding_bytes
+    if stage.end_layer == shape.layers:
+        weights_bytes += shape.head_bytes
+    free_bytes = measured.cluster.node(stage.node).memory_bytes - weights_bytes
+    return KV_SHARE * free_bytes / (stage.layers * shape.kv_bytes_per_token_layer)

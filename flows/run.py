@@ -1,0 +1,163 @@
+"""One execution of a job: its names, its counts, and what the store keeps of it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from secrets import token_hex
+
+from pydantic import JsonValue
+
+from flows.job import Job
+from flows.measure import Measured
+from flows.model import ModelFolder
+from flows.report import Tally
+from planner.plan import Plan
+from stages.control import Heartbeat
+from storage.progress import Progress, unanswered
+from storage.prompts import PromptRow, PromptSource
+from storage.store import JobStore
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a run went; runs/<run>/summary.json holds it. Tokens and seconds are this run's alone."""
+
+    run_id: str
+    job: str
+    started_at: str
+    status: str = "running"
+    """running, completed or failed; a killed run stays running."""
+    finished_at: str | None = None
+    rows: int = 0
+    """Rows of the input."""
+    rows_ok: int = 0
+    rows_failed: int = 0
+    rows_earlier: int = 0
+    """Rows that earlier runs had finished."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    seconds: float = 0.0
+    """From the first lease to the last commit."""
+    tokens_per_s: float = 0.0
+    rows_per_s: float = 0.0
+    links: tuple[Mapping[str, object], ...] = ()
+    stages: tuple[Mapping[str, object], ...] = ()
+
+
+class Run:
+    """Mutable; owned by the flow's thread."""
+
+    def __init__(self, job: Job, model: ModelFolder, store: JobStore, done: Progress) -> None:
+        now = datetime.now(UTC)
+        self.job = job
+        self.model = model
+        self.store = store
+        self.done = done
+        """What was answered when the run began."""
+        self.id = f"{now:%Y%m%dT%H%M%S}-{token_hex(3)}"
+        self.plan_id = ""
+        self.tally = Tally(done.rows, done.answered, done.failed, earlier=done.answered)
+        self.summary = Summary(
+            self.id, job.name, now.isoformat(), rows=done.rows, rows_earlier=done.answered
+        )
+        self._record()
+
+    def prompts(self) -> Iterator[PromptRow]:
+        """The rows that have no result yet, streamed."""
+        return unanswered(self.store, prompt_source(self.job), self.done)
+
+    def planned(self, plan: Plan, measured: Measured) -> None:
+        """Keep the plan and the facts that it rests on."""
+        document = asdict(plan)
+        self.plan_id = sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
+        document |= {"plan_id": self.plan_id, "epoch": 1, "created_at": _now()}
+        self.store.write_run_file(self.id, "plan", document)
+        cluster = {name: _finite(part) for name, part in asdict(measured.cluster).items()}
+        self.store.write_run_file(self.id, "cluster", cluster)
+
+    def worked(self, vitals: Mapping[str, Heartbeat]) -> None:
+        """Keep what the stages say of their work."""
+        tally = self.tally
+        seconds = tally.seconds
+        made = tally.answered - tally.earlier
+        self.summary = replace(
+            self.summary,
+            prompt_tokens=tally.prompt_tokens,
+            output_tokens=tally.output_tokens,
+            seconds=seconds,
+            tokens_per_s=tally.output_tokens / seconds,
+            rows_per_s=made / seconds,
+            links=tuple(_links(vitals)),
+            stages=tuple(
+                {"node": name, "busy_s": beat.busy_s, "frames": beat.frames, "tokens": beat.tokens}
+                for name, beat in vitals.items()
+            ),
+        )
+        self._record()
+
+    def ended(self, status: str, rows_ok: int = 0, rows_failed: int = 0) -> None:
+        """Keep how the run ended."""
+        self.summary = replace(
+            self.summary,
+            status=status,
+            finished_at=_now(),
+            rows_ok=rows_ok,
+            rows_failed=rows_failed,
+        )
+        self._record()
+
+    def _record(self) -> None:
+        self.store.write_run_file(self.id, "summary", asdict(self.summary))
+
+
+def prompt_source(job: Job) -> PromptSource:
+    """The job's prompts as storage reads them."""
+    p = job.prompts
+    return PromptSource(
+        p.uri, p.id_column, p.prompt_column, p.messages_column, dict(p.sampling_columns)
+    )
+
+
+def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:
+    """Everything that the answers depend on, besides the prompts."""
+    return {
+        "model": model.digest,
+        "tokenizer": model.encoder.tokenizer_sha256,
+        "template": model.encoder.template_sha256,
+        "special_tokens": job.prompts.special_tokens,
+        "dtype": job.dtype,
+        "draft": job.draft,
+        "sampling": job.sampling.model_dump(mode="json"),
+    }
+
+
+def _links(vitals: Mapping[str, Heartbeat]) -> Iterator[dict[str, object]]:
+    """Each data link as its sender counts it."""
+    for name, beat in vitals.items():
+        for link in beat.links:
+            if link.payload_bytes_sent:  # else it is the other end, which sends acknowledgements
+                yield {
+                    "source": name,
+                    "target": link.peer,
+                    "frames": link.frames_sent,
+                    "payload_bytes": link.payload_bytes_sent,
+                    "wire_bytes": link.tls_bytes_sent,
+                    "tokens": beat.tokens,
+                }
+
+
+def _finite(document: object) -> object:
+    """The document with null in place of infinities, which JSON lacks."""
+    if isinstance(document, float):
+        return document if abs(document) != float("inf") else None
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_finite(value) for value in document]
+    return document
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()

@@ -1,0 +1,37 @@
+"""The flow of one stage: start its worker, wait, and say how it ended. It computes nothing itself.
+
+The worker is a child process with a pipe to this one: when this flow dies, however it dies, the
+pipe closes and the worker leaves.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from prefect import flow
+
+from flows.errors import StageLostError
+
+LAST_WORDS_CHARS = 2000
+
+
+@flow(name="stage", flow_run_name="stage {member}", validate_parameters=False)
+def stage(member: str, spec_path: str) -> None:
+    """Run one stage worker to its end; StageLostError, with its last words, for a bad one."""
+    log_path = Path(spec_path).with_suffix(".log")
+    with log_path.open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "stages.worker", spec_path],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        with worker:
+            status = worker.wait()
+    if status != 0:
+        raise StageLostError(f"stage {member} ended with status {status}: {last_words(log_path)}")
+
+
+def last_words(log_path: Path) -> str:
+    """The end of a process's log, for an error message."""
+    return log_path.read_text(errors="replace").strip()[-LAST_WORDS_CHARS:]

@@ -1,0 +1,133 @@
+"""The head of a pipeline: rows in, steps out; samples in, answers out.
+
+It runs the ring's policy on real rows. It owns which row sits where, token ids, lengths, stop
+conditions and text; it knows no tensor and no socket.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.schedule import Ring, RingShape, Step
+from stages.control import Answer, LeasedRow, StepFailed
+from stages.errors import ProtocolError
+from stages.prompt import PromptEncoder
+from stages.sequence import Sequence
+from stages.wire import Admit, SampleFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One step with what the first and the last stage need to know of its rows."""
+
+    step: Step
+    token_ids: NDArray[np.int64]
+    """[step.tokens], in the order of the spans."""
+    admits: tuple[Admit, ...]
+
+
+class Head:
+    """Mutable; one thread calls it."""
+
+    def __init__(
+        self,
+        shape: RingShape,
+        encoder: PromptEncoder,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ring = Ring(shape)
+        self._encoder = encoder
+        self._clock = clock
+        self._sequences: dict[int, Sequence] = {}
+        self._numbers = count()
+        self._steps: dict[int, Step] = {}
+        """Steps in flight, by slot."""
+
+    @property
+    def rows(self) -> int:
+        """Rows taken and not yet answered."""
+        return len(self._sequences)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps sent, not yet returned."""
+        return len(self._steps)
+
+    def lease(self, rows: Iterable[LeasedRow]) -> None:
+        """Take rows to answer; the driver has seen to it that each can fit."""
+        now = self._clock()
+        for row in rows:
+            stops = self._encoder.stop_scanner(row.stop) if row.stop else None
+            self._enter(Sequence(row, list(row.token_ids), stops, leased_at=now))
+
+    def _enter(self, sequence: Sequence) -> None:
+        number = next(self._numbers)
+        self._sequences[number] = sequence
+        self._ring.enqueue(number, len(sequence.ids), sequence.limit)
+
+    def next_work(self) -> Work | None:
+        """The next step, or None while every slot is empty or in flight."""
+        step = self._ring.next_step()
+        if step is None:
+            return None
+        self._steps[step.slot] = step
+        now = self._clock()
+        for grant in step.grants:
+            sequence = self._sequences[grant.sequence]
+            if sequence.started_at is None:
+                sequence.started_at = now
+        return Work(step, self._token_ids(step), tuple(self._admits(step)))
+
+    def _token_ids(self, step: Step) -> NDArray[np.int64]:
+        ids: list[int] = []
+        for span in step.spans:
+            ids += self._sequences[span.sequence].ids[span.start : span.start + span.tokens]
+        return np.array(ids, np.int64)
+
+    def _admits(self, step: Step) -> Iterable[Admit]:
+        for grant in step.grants:
+            row = self._sequences[grant.sequence].row
+            yield Admit(grant.sequence, row.key, row.seed, row.temperature, row.top_p, row.top_k)
+
+    def sampled(self, frame: SampleFrame) -> list[Answer]:
+        """Take a step's samples; returns the rows that ended with them."""
+        step = self._returned(frame.frame, frame.slot)
+        sampling = [span.sequence for span in step.spans if span.samples]
+        if len(sampling) != len(frame.tokens):
+            raise ProtocolError(
+                f"frame {frame.frame} returns {len(frame.tokens)} tokens for {len(sampling)} rows"
+            )
+        now = self._clock()
+        for span in step.spans:
+            self._sequences[span.sequence].computed = span.start + span.tokens
+        for number, token in zip(sampling, frame.tokens, strict=True):
+            self._sequences[number].grow(token, self._encoder.end_ids, now)
+        ended = [number for number in sampling if self._sequences[number].finish is not None]
+        self._ring.returned(step.slot, ended)
+        return [self._sequences.pop(number).answer(self._encoder, now) for number in ended]
+
+    def failed(self, failure: StepFailed) -> list[Answer]:
+        """Take a step's failure: the rows it names end as errors, its others start again."""
+        step = self._returned(failure.frame, failure.slot)
+        self._ring.failed(step.slot)
+        now = self._clock()
+        answers: list[Answer] = []
+        for number in [span.sequence for span in step.spans]:
+            sequence = self._sequences.pop(number)
+            if number in failure.sequences:
+                answers.append(sequence.failure(failure.error_type, failure.message, now))
+            else:
+                sequence.replayed += sequence.computed
+                sequence.computed = 0
+                self._enter(sequence)
+        return answers
+
+    def _returned(self, frame: int, slot: int) -> Step:
+        step = self._steps.pop(slot, None)
+        if step is None or step.frame != frame:
+            raise ProtocolError(f"frame {frame} came back for slot {slot}, which waits for {step}")
+        return step

@@ -1,0 +1,161 @@
+"""Measures one node for one job: checks that its model is computed rightly here, then how fast.
+
+`python -m stages.probe SPEC FACTS` reads a ProbeSpec and writes ProbeFacts; a model that we would
+compute wrongly ends it with status REFUSED and the reason as the last line.
+"""
+
+import logging
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from planner.schedule import Grant, Span, Step
+from stages.architecture import Model, body_of, read_config, whole_model
+from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
+from stages.errors import ModelError
+from stages.selfcheck import check
+from stages.shard import Shard, ShardSpec
+
+log = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 16
+COPIED_BYTES = 64 * 2**20  # past every cache
+SHIPPED_BYTES = 2**20
+SHIPMENTS = 64
+
+_NAMES: dict[torch.dtype, DType] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def probe(spec: ProbeSpec) -> ProbeFacts:
+    """The facts of this node and model; raises ModelError for a model that must be refused."""
+    torch.set_num_threads(spec.threads)
+    check(spec.folder)
+    shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype))
+    facts = shard.facts
+    model = whole_model(read_config(spec.folder), facts.dtype)
+    layer_parameters = _parameters(body_of(model).layers) / facts.model_layers
+    latency_s, bytes_per_s = _loopback()
+    return ProbeFacts(
+        dtype=_NAMES[facts.dtype],
+        layers=facts.model_layers,
+        hidden=facts.hidden,
+        layer_bytes=int(layer_parameters * facts.dtype.itemsize),
+        embedding_bytes=_parameters(model.get_input_embeddings()) * facts.dtype.itemsize,
+        head_bytes=_parameters(model.get_output_embeddings()) * facts.dtype.itemsize,
+        kv_bytes_per_token_layer=facts.kv_bytes_per_token,
+        flop_per_token_layer=2.0 * layer_parameters,
+        prefill_s=_prefill_s(shard, spec),
+        decode_s=_decode_s(shard, spec),
+        head_s=_head_s(shard, spec),
+        memory_bytes_per_s=_memory_bytes_per_s(),
+        loopback_latency_s=latency_s,
+        loopback_bytes_per_s=bytes_per_s,
+    )
+
+
+def _parameters(module: Model) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _median_s(act: Callable[[], object], repeats: int) -> float:
+    act()  # the first call allocates
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _prefill_s(shard: Shard, spec: ProbeSpec) -> float:
+    blocks = -(-spec.prefill_tokens // BLOCK_TOKENS)
+    cache = shard.new_cache(blocks, BLOCK_TOKENS)
+    spans = (Span(0, 0, spec.prefill_tokens, samples=False),)
+    cache.apply(Step(0, 0, spans, (Grant(0, tuple(range(blocks))),)))
+    hidden = torch.randn(spec.prefill_tokens, shard.facts.hidden, dtype=shard.facts.dtype)
+    return _median_s(lambda: shard.forward(Step(0, 0, spans), hidden, cache), spec.repeats)
+
+
+def _decode_s(shard: Shard, spec: ProbeSpec) -> float:
+    """The rows' caches hold zeros, which cost what keys and values cost."""
+    each = -(-(spec.context_tokens + 1) // BLOCK_TOKENS)
+    cache = shard.new_cache(each * spec.decode_rows, BLOCK_TOKENS)
+    rows = range(spec.decode_rows)
+    spans = tuple(Span(row, spec.context_tokens, 1, samples=False) for row in rows)
+    grants = tuple(Grant(row, tuple(range(row * each, (row + 1) * each))) for row in rows)
+    cache.apply(Step(0, 0, spans, grants))
+    hidden = torch.randn(spec.decode_rows, shard.facts.hidden, dtype=shard.facts.dtype)
+    return _median_s(lambda: shard.forward(Step(0, 0, spans), hidden, cache), spec.repeats)
+
+
+def _head_s(shard: Shard, spec: ProbeSpec) -> float:
+    facts = shard.facts
+    weights = torch.randn(facts.vocab, facts.hidden, dtype=facts.dtype)
+    hidden = torch.randn(spec.decode_rows, facts.hidden, dtype=facts.dtype)
+    return _median_s(lambda: (hidden @ weights.T).argmax(dim=-1), spec.repeats)
+
+
+def _memory_bytes_per_s() -> float:
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / _median_s(lambda: target.copy_(source), repeats=3)
+
+
+def _loopback() -> tuple[float, float]:
+    """One way latency and bytes per second of a connection from this process to itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = socket.create_connection(listener.getsockname())
+        here, _ = listener.accept()
+    with there, here:
+        there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        here.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        echo = threading.Thread(target=_echo, args=(here,))
+        echo.start()
+        latency_s = _median_s(lambda: _there_and_back(there), repeats=51) / 2
+        block = bytes(SHIPPED_BYTES)
+        started = time.perf_counter()
+        for _ in range(SHIPMENTS):
+            there.sendall(block)
+        there.shutdown(socket.SHUT_WR)
+        echo.join()
+        return latency_s, SHIPMENTS * SHIPPED_BYTES / (time.perf_counter() - started)
+
+
+def _there_and_back(there: socket.socket) -> None:
+    there.sendall(b".")
+    there.recv(1)
+
+
+def _echo(here: socket.socket) -> None:
+    """Answer single bytes, swallow the rest, until the other end has sent all."""
+    buffer = bytearray(SHIPPED_BYTES)
+    while count := here.recv_into(buffer):
+        if count == 1:
+            here.sendall(b".")
+
+
+def main() -> int:
+    """Probe as the spec file says and write the facts file; REFUSED for a bad model."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    spec = ProbeSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        facts = probe(spec)
+    except ModelError as error:
+        sys.stderr.write(f"{error}\n")
+        return REFUSED
+    Path(sys.argv[2]).write_text(facts.model_dump_json(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
