@@ -204,7 +204,7 @@ def _encode_fast(
     if profile is None or not profile.fits(dtype, shape):
         split = codec_planes.split(elements, dtype, None)
         return _smaller(FAST, elements, dtype, shape, 0, split)
-    split = codec_planes.split(elements, dtype, profile.row)
+    split = codec_planes.split(elements, dtype, profile.repeated)
     used = split.joined or dtype not in codec_planes.JOINABLE
     return _smaller(FAST, elements, dtype, shape, profile.id if used else 0, split)
 
@@ -318,4 +318,4 @@ def _bases_of(header: _Header, profiles: Mapping[int, Profile]) -> NDArray[np.ui
     misused = header.joined != (header.dtype in codec_planes.JOINABLE)
     if profile is None or misused or not profile.fits(header.dtype, header.shape):
         raise FrameError(f"no fitting profile {header.profile_id:#010x} was announced")
-    return profile.row
+    return profile.repeated

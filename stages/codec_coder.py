@@ -40,9 +40,9 @@ class _Contexts(threading.local):
 
     def __init__(self) -> None:
         huffman = ZstdCompressionParameters.from_level(
-            1, window_log=17, hash_log=6, chain_log=6, min_match=7, write_content_size=False
+            1, window_log=17, hash_log=6, chain_log=6, min_match=7
         )
-        repeats = ZstdCompressionParameters.from_level(1, window_log=17, write_content_size=False)
+        repeats = ZstdCompressionParameters.from_level(1, window_log=17)
         self.huffman = ZstdCompressor(compression_params=huffman)
         self.repeats = ZstdCompressor(compression_params=repeats)
         self.decompressor = ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
@@ -75,9 +75,10 @@ def unpack(mode: int, stored: memoryview, count: int) -> Bytes:
 
 def _decompress(stored: memoryview, count: int) -> Bytes:
     try:
-        # A frame that names its size would be believed before max_output_size; ours never does.
-        if frame_content_size(stored) != -1:
-            raise FrameError("a coded plane names its own size, which none of ours does")
+        # The size that a zstd frame names is allocated, whatever max_output_size says.
+        named = frame_content_size(stored)
+        if named != count:
+            raise FrameError(f"a coded plane names {named} bytes where {count} belong")
         plane = _contexts.decompressor.decompress(
             stored, max_output_size=count, allow_extra_data=False
         )

@@ -75,7 +75,8 @@ def sizes(dtype: str, elements: int, *, joined: bool) -> tuple[int, ...]:
 def split(elements: Bytes, dtype: str, bases: Words | None) -> Planes:
     """The planes of the elements, given as raw bytes; all but opaque's are new arrays.
 
-    `bases` holds one a channel, at most CHUNK of them. Where JOINED is not possible, it is not used.
+    `bases` holds one for each channel, over and over, at most CHUNK of them; it is not used where
+    JOINED would be possible for the dtype, but is not for these numbers.
     """
     if dtype == "opaque":
         return Planes([elements])
@@ -94,16 +95,16 @@ def merge(split_up: Planes, dtype: str, bases: Words | None) -> Bytes:
     if dtype == "opaque":
         return split_up.planes[0].copy()
     first, second, *tail = split_up.planes
+    seconds = _unpacked(second) if split_up.joined else (second, second[:0])
     if bases is None:
         bases = SAME_BASE if split_up.joined else NO_BASE
-    if split_up.joined:
-        second = _unpacked(second)
     x: Elements = np.empty(first.size, "u4" if tail else "u2")
     for here in _chunks(x, bases):
         out = x[here]
         top: Words = _scratch.tops[: out.size] if tail else out.view(np.uint16)
+        _widened(seconds, here, top)
         merge_top = _merge_joined if split_up.joined else _merge_apart
-        merge_top(first[here], second[here], bases, top)
+        merge_top(first[here], bases, top)
         if tail:
             np.copyto(out, top)
             np.left_shift(out, 16, out=out)
@@ -112,7 +113,7 @@ def merge(split_up: Planes, dtype: str, bases: Words | None) -> Bytes:
 
 
 def _chunks(x: Elements, bases: Words) -> list[slice]:
-    """Consecutive ranges of whole rows."""
+    """Consecutive ranges that each begin with the first base."""
     step = CHUNK // bases.size * bases.size
     return [slice(start, min(x.size, start + step)) for start in range(0, x.size, step)]
 
@@ -148,12 +149,12 @@ def _split_joined(x: Elements, bases: Words, *tail: Words) -> Planes | None:
     return Planes([first, _packed(second)], joined=True)
 
 
-def _merge_joined(first: Bytes, second: Bytes, bases: Words, out: Words) -> None:
+def _merge_joined(first: Bytes, bases: Words, out: Words) -> None:
+    """From the second plane's bytes in `out`, the elements there."""
     symbols = _scratch.exponents[: out.size]
     symbols[:] = first
     _by_channel(np.add, symbols, bases)
     np.multiply(symbols, _TIMES_64, symbols)  # a product is numpy's fastest left shift
-    out[:] = second
     np.multiply(out, _TWICE, out)  # once for the sign at the top, once for the rest below
     np.bitwise_and(out, _REST, out)
     np.bitwise_or(out, symbols, out)
@@ -175,23 +176,37 @@ def _split_apart(x: Elements, bases: Words, *tail: Words) -> Planes:
     return Planes([first, second])
 
 
-def _merge_apart(first: Bytes, second: Bytes, bases: Words, out: Words) -> None:
+def _merge_apart(first: Bytes, bases: Words, out: Words) -> None:
+    """From the second plane's bytes in `out`, the elements there."""
     words = _scratch.exponents[: out.size]
     words[:] = first
     _by_channel(np.add, words, bases)
     np.multiply(words, _TIMES_128, words)
     np.bitwise_and(words, _NO_SIGN, words)
-    rest = _scratch.mantissas[: out.size]
-    rest[:] = second
-    np.multiply(rest, _SIGN, out)
+    sign = _scratch.mantissas[: out.size]
+    np.multiply(out, _SIGN, sign)
+    np.bitwise_or(words, sign, words)
+    np.right_shift(out, _1, out)
     np.bitwise_or(out, words, out)
-    np.right_shift(rest, _1, rest)
-    np.bitwise_or(out, rest, out)
+
+
+def _widened(parts: tuple[Bytes, Bytes], here: slice, out: Words) -> None:
+    """That range of the two parts, as if they were one."""
+    border = max(0, min(parts[0].size - here.start, out.size))
+    out[:border] = parts[0][here.start : here.start + border]
+    start = here.start + border - parts[0].size
+    if border < out.size:
+        out[border:] = parts[1][start : start + out.size - border]
 
 
 def _by_channel(operation: np.ufunc, symbols: Words, bases: Words) -> None:
-    rows = symbols.reshape(-1, bases.size)
+    """The operation in place, with the bases repeated as often as needed."""
+    whole = symbols.size // bases.size * bases.size
+    rows = symbols[:whole].reshape(-1, bases.size)
     operation(rows, bases, rows)
+    if whole < symbols.size:
+        rest = symbols[whole:]
+        operation(rest, bases[: rest.size], rest)
 
 
 def _eighth(elements: int) -> int:
@@ -207,11 +222,8 @@ def _packed(second: Bytes) -> Bytes:
     return packed.reshape(-1)
 
 
-def _unpacked(packed: Bytes) -> Bytes:
-    """The inverse of `_packed`, but that the foreign bits on top are left where they are."""
-    second = np.empty(packed.size // 7 * 8, np.uint8)
-    second[: packed.size] = packed
+def _unpacked(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """The first seven eighths of what was packed, the foreign bits still on top; the last eighth."""
     bits = packed.reshape(7, -1) >> _SEVEN
     np.multiply(bits, _UP, bits)
-    np.bitwise_or.reduce(bits, axis=0, out=second[packed.size :])
-    return second
+    return packed, np.bitwise_or.reduce(bits, axis=0)

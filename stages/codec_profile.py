@@ -21,6 +21,7 @@ from stages.errors import FrameError
 SMALLEST_ROWS = 64  # fewer teach a channel's noise
 LEARNING_ROWS = 256  # what to wait for: with 64, a profile gains half as much
 LEARNING_ROUNDS = 6
+REPEATED_CHANNELS = 8192
 REACH = 8  # how far beyond the medians a base may lie
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -76,9 +77,10 @@ class Profile:
         return dtype == self.dtype and len(shape) > 0 and shape[-1] == len(self.bases)
 
     @cached_property
-    def row(self) -> Words:
-        """The bases as `codec_planes` takes them."""
-        return np.frombuffer(self.bases, np.uint8).astype(np.uint16)
+    def repeated(self) -> Words:
+        """The bases over and over, as `codec_planes` takes them: numpy is slow on short rows."""
+        times = max(1, REPEATED_CHANNELS // len(self.bases))
+        return np.tile(np.frombuffer(self.bases, np.uint8).astype(np.uint16), times)
 
 
 def _aligned(exponents: Bytes) -> Bytes:
