@@ -108,10 +108,7 @@ class Shard:
     def embed(self, token_ids: Tensor) -> Tensor:
         """Hidden states [T, hidden] of token ids [T]; of the first stage only."""
         assert self.is_first, "only the first stage holds the embedding"
-        if (
-            len(token_ids)
-            and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.facts.vocab
-        ):
+        if bool(((token_ids < 0) | (token_ids >= self.facts.vocab)).any()):
             raise ProtocolError(f"a token id is not below the vocabulary's {self.facts.vocab}")
         embedded: Tensor = self.model.get_input_embeddings()(token_ids.to(self.facts.device)[None])
         return embedded[0]
@@ -164,16 +161,16 @@ class Shard:
             )
 
     def _require_finite(self, answer: Tensor, step: Step, rows: list[int]) -> None:
-        """NumericError unless all is finite; `rows` says how many rows of it each span has."""
+        """NumericError unless all is finite; `rows` says how many of its rows each span has."""
         low, high = answer.aminmax()
         if math.isfinite(low) and math.isfinite(high):
             return
-        bad = int((~answer.isfinite()).any(-1).nonzero()[0])
-        ends = accumulate(rows)
-        sequence = next(s.sequence for s, end in zip(step.spans, ends, strict=True) if bad < end)
+        owners = (span.sequence for span, n in zip(step.spans, rows, strict=True) for _ in range(n))
+        bad = (~answer.isfinite()).any(-1).tolist()
+        named = sorted({owner for owner, is_bad in zip(owners, bad, strict=True) if is_bad})
         raise NumericError(
-            f"layers {self.facts.first_layer}-{self.facts.end_layer} made a NaN or an infinity for "
-            f"sequence {sequence} in frame {step.frame} ({self.facts.dtype})"
+            f"layers {self.facts.first_layer}-{self.facts.end_layer} made a NaN or an infinity in "
+            f"{self.facts.dtype}, frame {step.frame}, for sequence {', '.join(map(str, named))}"
         )
 
 
@@ -192,9 +189,8 @@ def _dtype(name: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch
 
 
 def _facts(model: Model, seat: Seat, spec: ShardSpec) -> ShardFacts:
-    """What the loaded model says of itself, and a step over nothing says of its attention."""
+    """What the loaded model says of itself, and what a step over nothing tells of its attention."""
     config = model.config
-    weights = {id(tensor): tensor.nbytes for tensor in model.parameters()}
     return ShardFacts(
         first_layer=spec.first_layer,
         end_layer=spec.end_layer,
@@ -204,7 +200,7 @@ def _facts(model: Model, seat: Seat, spec: ShardSpec) -> ShardFacts:
         dtype=model.dtype,
         device=torch.device(spec.device),
         kv=_probed(model, seat, spec),
-        weight_bytes=sum(weights.values()),
+        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
     )
 
 

@@ -237,7 +237,7 @@ def test_a_number_that_is_none_names_the_layers_and_the_sequence(
     hidden[row, 7] = bad
     cache = one_layer.new_cache(2, 16)
     cache.apply(TWO_ROWS)
-    with pytest.raises(NumericError, match=f"layers 1-2 .* sequence {sequence} in frame 5"):
+    with pytest.raises(NumericError, match=rf"layers 1-2 .* frame 5, for sequence {sequence}$"):
         one_layer.forward(TWO_ROWS, hidden, cache)
 
 
