@@ -20,6 +20,7 @@ from planner.layer_times import decode_layer_s, head_s, prefill_layer_s
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 PARKED_KV = (0.0, 0.25, 0.5, 0.75)
 """Fractions of a stage's KV that may be parked in host memory: the grid of the offload choice."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from planner.cost import Cell, Floats, Role, decode_rounds
+from planner.cost import Bools, Cell, Floats, Ints, Role, decode_rounds
 from planner.grid import cells
 from planner.network import network_cost
 from planner.orders import least_rings, widest_paths
@@ -95,14 +95,10 @@ def _least_hops(given: Problem, draft_len: int) -> _LeastHops:
     passes = 1.0 + decode_rounds(given.work, draft_len)
     latency = np.where(given.net.bytes_per_s > 0, passes * given.net.latency_s, np.inf)
     wire = links.occupied_s.min(axis=0)
-    return _LeastHops(
-        least_rings(latency, latency), least_rings(wire, links.return_occupied_s)
-    )
+    return _LeastHops(least_rings(latency, latency), least_rings(wire, links.return_occupied_s))
 
 
-def subset_bounds(
-    given: Problem, costs: CellCosts, widest: Floats, hops: _LeastHops
-) -> Floats:
+def subset_bounds(given: Problem, costs: CellCosts, widest: Floats, hops: _LeastHops) -> Floats:
     """Rows per second that a ring through a subset cannot exceed in this cell; shape (2^n,).
 
     The least T at which the layers that fit within T add up, the widest path's slowest link, and
@@ -122,7 +118,7 @@ def subset_bounds(
     return np.asarray((1.0 / row_s) * (1.0 + 1e-12), np.float64)
 
 
-def _least_compute_s(costs: CellCosts, members: Floats) -> Floats:
+def _least_compute_s(costs: CellCosts, members: Bools) -> Floats:
     """Seconds per row of all layers on the fastest members, each as full as its memory allows."""
     busy = costs.stages[Role.MIDDLE].busy_s
     per_layer = (busy / np.arange(1.0, busy.shape[1] + 1.0)).min(axis=1)
@@ -137,7 +133,7 @@ def _least_compute_s(costs: CellCosts, members: Floats) -> Floats:
     return np.where(left > 0, np.inf, total)
 
 
-def _compute_row_s(costs: CellCosts, members: Floats) -> Floats:
+def _compute_row_s(costs: CellCosts, members: Bools) -> Floats:
     """Least T at which the members hold all layers, one of them also the LM head."""
     middle, last = costs.stages[Role.MIDDLE].busy_s, costs.stages[Role.LAST].busy_s
     values = np.unique(np.concatenate([middle.ravel(), last.ravel()]))
@@ -193,7 +189,7 @@ def best_combination(rate: Floats) -> tuple[list[int], Floats]:
     return _read_back(choice, total), total
 
 
-def _undominated(rate: Floats) -> Floats:
+def _undominated(rate: Floats) -> Ints:
     """Subsets that beat all of their own subsets with one node less."""
     n = len(rate).bit_length() - 1
     masks = np.arange(len(rate))
@@ -207,7 +203,7 @@ def _undominated(rate: Floats) -> Floats:
 
 
 @lru_cache(maxsize=1 << EXACT_NODES)
-def _subsets(mask: int) -> Floats:
+def _subsets(mask: int) -> Ints:
     """All subsets of a mask, as an array."""
     found = np.zeros(1, np.int64)
     while mask:
@@ -217,7 +213,7 @@ def _subsets(mask: int) -> Floats:
     return found
 
 
-def _read_back(choice: Floats, total: Floats) -> list[int]:
+def _read_back(choice: Ints, total: Floats) -> list[int]:
     mask, blocks = len(choice) - 1, []
     while mask and total[mask] > 0:
         block = int(choice[mask])

@@ -29,6 +29,30 @@ def why_in_order(given: Problem, tried: tuple[Cell, ...]) -> InfeasibleError:
     return InfeasibleError(short_of_memory(given, cell, most))
 
 
+def why_none(given: Problem, tried: tuple[Cell, ...]) -> InfeasibleError:
+    """The reason that no ring over any of the nodes exists."""
+    cell = tried[0]
+    table = stage_table(given.nodes, given.model, given.work, cell, Role.MIDDLE)
+    fits = np.isfinite(table.busy_s).sum(axis=1)
+    if fits.max() < 1:
+        roomiest = max(given.nodes, key=lambda node: node.memory_bytes)
+        needs = _needs(given, cell, roomiest.name, Role.MIDDLE)
+        return InfeasibleError(f"no node fits a layer: of the roomiest, {roomiest.name}, {needs}")
+    if fits.sum() < given.model.layers:
+        return InfeasibleError(short_of_memory(given, cell, int(fits.sum())))
+    pairs = np.argwhere((given.net.bytes_per_s <= 0) & ~np.eye(len(given.nodes), dtype=bool))
+    if len(pairs):
+        return InfeasibleError(
+            f"{no_link(given, int(pairs[0][0]), int(pairs[0][1]))}; {len(pairs)} links are missing, "
+            "and no nodes that reach one another in a ring hold the whole model"
+        )
+    return InfeasibleError(
+        f"{given.model.layers} layers fit on all nodes together, but not with the embedding and "
+        f"the LM head ({_gb(given.model.embedding_bytes + given.model.head_bytes)}); free memory "
+        "on one node for each"
+    )
+
+
 def no_link(given: Problem, source: int, target: int) -> str:
     """A sentence about a link over which nothing can go."""
     a, b = given.nodes[source].name, given.nodes[target].name

@@ -79,6 +79,14 @@ def cell_costs(given: Problem, cell: Cell) -> CellCosts:
     return CellCosts(cell, tables, network_cost(given.net, given.model, given.work, cell))
 
 
+def among(given: Problem, chosen: tuple[int, ...]) -> Problem:
+    """The same problem on some of the nodes, in that order."""
+    square = np.ix_(list(chosen), list(chosen))
+    net = Network(given.net.latency_s[square], given.net.bytes_per_s[square])
+    nodes = tuple(given.nodes[i] for i in chosen)
+    return replace(given, cluster=replace(given.cluster, nodes=nodes), net=net)
+
+
 def pipeline_of(given: Problem, costs: CellCosts, order: tuple[int, ...], split: Split) -> Pipeline:
     """The pipeline that a split over nodes in order describes, with its offload choices."""
     names = [given.nodes[i].name for i in order]
@@ -100,6 +108,33 @@ def pipeline_of(given: Problem, costs: CellCosts, order: tuple[int, ...], split:
     links = tuple(LinkPlan(*link) for link in zip(names, ends, codecs, strict=False))
     cell = costs.cell
     return Pipeline(tuple(stages), links, cell.micro_batch_rows, cell.in_flight, cell.draft_len)
+
+
+def cell_of(pipeline: Pipeline) -> Cell:
+    """The settings that a pipeline's stages share."""
+    return Cell(pipeline.micro_batch_rows, pipeline.in_flight, pipeline.draft_len)
+
+
+def order_of(given: Problem, pipeline: Pipeline) -> tuple[int, ...]:
+    """The numbers of a pipeline's nodes, in ring order; KeyError for a node that is not there."""
+    at = {node.name: i for i, node in enumerate(given.nodes)}
+    return tuple(at[stage.node] for stage in pipeline.stages)
+
+
+def judged(given: Problem, pipeline: Pipeline) -> Split:
+    """What a given pipeline costs, with the offload that suits it; infinite where it cannot run."""
+    own = among(given, order_of(given, pipeline))
+    ring = cell_costs(own, cell_of(pipeline)).ring(tuple(range(len(own.nodes))))
+    layers = tuple(stage.layers for stage in pipeline.stages)
+    stages_s = ring.busy_s[np.arange(len(layers)), np.array(layers) - 1]
+    names = [name for name, _ in codec_options(given.work)]
+    codecs = tuple(names.index(link.codec) for link in pipeline.links)
+    at = np.arange(len(codecs))
+    occupied, hops = ring.occupied_s[at, list(codecs)], ring.hop_s[at, list(codecs)]
+    life = float(stages_s.sum()) * ring.micro_batch_rows + float(hops.sum())
+    rows = ring.micro_batch_rows * ring.in_flight
+    row_s = max(float(stages_s.max()), float(occupied.max(initial=0.0)), life / rows)
+    return Split(row_s, life, layers, codecs)
 
 
 def load_s(given: Problem, pipeline: Pipeline) -> float:

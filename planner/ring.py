@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.chain import Split, best_split, convex_minorant, fill, least_fill_s
-from planner.cost import Floats, Role
+from planner.cost import Cell, Floats, Role
 from planner.orders import path_s, path_table, short_path, trace_path
 from planner.problem import CellCosts
 
@@ -17,8 +17,9 @@ QUICK_STARTS = 3
 class Found:
     """A ring: its nodes in order, its split, and the cell it is in."""
 
-    costs: CellCosts
+    cell: Cell
     order: tuple[int, ...]
+    """Nodes, by their number in the cluster."""
     split: Split
 
     @property
@@ -100,7 +101,7 @@ def _found(
         return None
     order = tuple(members[i] for i in way.order)
     split = best_split(costs.ring(order))
-    return Found(costs, order, split) if split and split.row_s < beat_s else None
+    return Found(costs.cell, order, split) if split and split.row_s < beat_s else None
 
 
 def _single(costs: CellCosts, node: int, beat_s: float) -> Found | None:
@@ -110,17 +111,23 @@ def _single(costs: CellCosts, node: int, beat_s: float) -> Found | None:
     if not busy < beat_s:
         return None
     life = busy * ring.micro_batch_rows
-    return Found(costs, (node,), Split(busy, life, (ring.busy_s.shape[1],), ()))
+    return Found(costs.cell, (node,), Split(busy, life, (ring.busy_s.shape[1],), ()))
 
 
 def _members(costs: CellCosts, members: tuple[int, ...]) -> _Members:
     at = list(members)
     square = np.ix_(at, at)
     links = costs.links
-    tables = [costs.stages[role].busy_s[at] for role in (Role.FIRST, Role.MIDDLE, Role.LAST)]
+    first, middle, last = (
+        costs.stages[role].busy_s[at] for role in (Role.FIRST, Role.MIDDLE, Role.LAST)
+    )
     return _Members(
-        *tables,
-        *(convex_minorant(table) for table in tables),
+        first,
+        middle,
+        last,
+        convex_minorant(first),
+        convex_minorant(middle),
+        convex_minorant(last),
         np.stack([codec[square] for codec in links.occupied_s]),
         np.stack([codec[square] for codec in links.hop_s]),
         links.return_occupied_s[square],
@@ -196,6 +203,8 @@ def _quick(own: _Members, within: _Within, enough_s: float) -> _Way | None:
             return None
         order = short_path(within.hops, int(first))
         life = path_s(within.hops, order) + within.back[first, order[-1]]
+        if not life <= enough_s or np.isinf(life):
+            continue
         left_s, ends = enough_s - life, (int(first), order[-1])
         life += _compute_life(own, within.longest_s, ends, left_s, left_s)
         if life <= enough_s:

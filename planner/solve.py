@@ -1,38 +1,50 @@
 """The fastest plan for the facts at hand, and a bound on what any plan could reach."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from planner.bounds import Floor, capped_compute_bound, floor_of
-from planner.chain import Split, best_split
+from planner.chain import best_split
 from planner.cost import Cell, tokens_per_round
+from planner.exact import EXACT_NODES, solve_exactly
 from planner.explain import basis_lines, binding_words
 from planner.facts import Cluster, ModelShape, Workload
 from planner.grid import cells
-from planner.infeasible import why_in_order
-from planner.plan import Pipeline, Plan
-from planner.problem import CellCosts, Problem, cell_costs, load_s, pass_s, pipeline_of, problem
+from planner.infeasible import why_in_order, why_none
+from planner.large import solve_large
+from planner.plan import Plan
+from planner.problem import (
+    Problem,
+    among,
+    cell_costs,
+    load_s,
+    pass_s,
+    pipeline_of,
+    problem,
+)
+from planner.ring import Found
 
 SAME = 0.005
-"""Finish times this close count as equal; the calmer setting then wins."""
+"""Rates and finish times this close count as equal; the calmer setting then wins."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    costs: CellCosts
-    split: Split
-    pipeline: Pipeline
-    finish_s: float
+def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
+    """The plan of most rows per second: pipelines, their nodes and order, layers and settings.
 
-    @property
-    def cell(self) -> Cell:
-        return self.costs.cell
+    Exact over the grid of settings for up to EXACT_NODES nodes; above, grown and repaired, with
+    the bound to say how far from the optimum it may be. Nodes may be left out.
 
-    @property
-    def has_slack(self) -> bool:
-        """Whether one more micro-batch than the ring needs is in flight: real steps jitter."""
-        cell = self.costs.cell
-        ring_needs = self.split.life_s / (self.split.row_s * cell.micro_batch_rows)
-        return cell.in_flight >= min(ring_needs + 1.0, len(self.pipeline.stages) * 4.0)
+    Raises:
+        InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
+    """
+    given = problem(cluster, model, workload)
+    tried = cells(workload)
+    exact = len(given.nodes) <= EXACT_NODES
+    rings = solve_exactly(given, tried) if exact else solve_large(given)
+    if not rings:
+        raise why_none(given, tried)
+    rate = sum(ring.rows_per_s for ring in rings)
+    bound = rate if exact else compute_bound(given, tried)
+    return plan_of(given, [_settled(given, tried, ring) for ring in rings], bound)
 
 
 def solve_in_order(
@@ -48,66 +60,92 @@ def solve_in_order(
 
     Exact over the grid of micro-batch rows and micro-batches in flight (or those given): layers,
     offload and codecs are the ones of least time per row, and of all settings the one that
-    finishes the workload first.
+    finishes the workload first. The bound is over all plans on these nodes, in any order.
 
     Raises:
         InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
     """
     given = problem(cluster, model, workload)
     order = tuple(range(len(given.nodes)))
-    found: list[_Candidate] = []
-    floor: Floor | None = None
-    for cell in cells(workload, micro_batch_rows, in_flight, (draft_len,)):
-        costs = cell_costs(given, cell)
-        least = floor_of(given.nodes, model, workload, cell)
-        floor = least.below(floor) if floor else least
-        split = best_split(costs.ring(order))
+    tried = cells(workload, micro_batch_rows, in_flight, (draft_len,))
+    found: list[Found] = []
+    for cell in tried:
+        split = best_split(cell_costs(given, cell).ring(order))
         if split is not None:
-            found.append(_candidate(given, costs, order, split))
+            found.append(Found(cell, order, split))
     if not found:
-        raise why_in_order(given, cells(workload, micro_batch_rows, in_flight, (draft_len,)))
-    assert floor is not None
-    return _plan(given, order, _calmest(found), capped_compute_bound(floor))
+        raise why_in_order(given, tried)
+    return plan_of(given, [_first_done(given, found)], compute_bound(given, tried))
 
 
-def _candidate(
-    given: Problem, costs: CellCosts, order: tuple[int, ...], split: Split
-) -> _Candidate:
-    pipeline = pipeline_of(given, costs, order, split)
-    return _Candidate(costs, split, pipeline, finish_s(given, costs.cell, split, pipeline))
+def compute_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
+    """Rows per second that no plan over these cells can beat."""
+    floor: Floor | None = None
+    for cell in tried:
+        least = floor_of(given.nodes, given.model, given.work, cell)
+        floor = least.below(floor) if floor else least
+    return capped_compute_bound(floor) if floor else 0.0
 
 
-def finish_s(given: Problem, cell: Cell, split: Split, pipeline: Pipeline) -> float:
-    """Seconds to answer all rows: load, one pass to fill the ring, the rows, and the tail.
+def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan:
+    """The plan of these rings, fastest first, with what limits it and what it rests on."""
+    rings = sorted(rings, key=lambda ring: (-ring.rows_per_s, ring.order))
+    pipelines, limits = [], []
+    for ring in rings:
+        own, place = among(given, ring.order), tuple(range(len(ring.order)))
+        costs = cell_costs(own, ring.cell)
+        pipelines.append(pipeline_of(own, costs, place, ring.split))
+        limits.append(binding_words(own, costs, place, ring.split))
+    rows_per_s = sum(ring.rows_per_s for ring in rings)
+    tokens = given.work.output_tokens.mean
+    words = limits if len(limits) == 1 else [f"pipeline {i}: {w}" for i, w in enumerate(limits)]
+    return Plan(
+        pipelines=tuple(pipelines),
+        rows_per_s=rows_per_s,
+        tokens_per_s=rows_per_s * tokens,
+        finish_s=max(finish_s(given, ring, ring.rows_per_s / rows_per_s) for ring in rings),
+        # Bisection ends a rounding error away from an optimum that a plan may attain.
+        bound_tokens_per_s=max(bound_rows_per_s, rows_per_s) * tokens,
+        binding="; ".join(words),
+        basis=basis_lines(given, rings[0].cell),
+    )
+
+
+def finish_s(given: Problem, ring: Found, share: float = 1.0) -> float:
+    """Seconds for a ring's share of the rows: load, one pass to fill it, the rows, and the tail.
 
     In the tail the longest rows (95th percentile) go on while the ring empties.
     """
     work = given.work
-    one_pass = pass_s(given, cell, split.life_s)
+    own, place = among(given, ring.order), tuple(range(len(ring.order)))
+    pipeline = pipeline_of(own, cell_costs(own, ring.cell), place, ring.split)
+    one_pass = pass_s(given, ring.cell, ring.split.life_s)
     longer = max(work.output_tokens.p95 - work.output_tokens.mean, 0.0)
-    tail = longer / tokens_per_round(work.acceptance, cell.draft_len) * one_pass
-    return load_s(given, pipeline) + one_pass + work.rows * split.row_s + tail
+    tail = longer / tokens_per_round(work.acceptance, ring.cell.draft_len) * one_pass
+    return load_s(given, pipeline) + one_pass + work.rows * share * ring.split.row_s + tail
 
 
-def _calmest(found: list[_Candidate]) -> _Candidate:
-    """Among the settings that finish first: slack in flight, then the fewest rows in flight."""
-    first = min(candidate.finish_s for candidate in found)
-    close = [c for c in found if c.finish_s <= first * (1.0 + SAME)]
-    return min(close, key=lambda c: (not c.has_slack, c.cell.rows, c.cell.in_flight))
+def _first_done(given: Problem, found: list[Found]) -> Found:
+    """Of the settings that finish first, the calmest."""
+    times = [finish_s(given, ring) for ring in found]
+    limit = min(times) * (1.0 + SAME)
+    return min((f for f, t in zip(found, times, strict=True) if t <= limit), key=_unrest)
 
 
-def _plan(
-    given: Problem, order: tuple[int, ...], best: _Candidate, bound_rows_per_s: float
-) -> Plan:
-    rows_per_s = 1.0 / best.split.row_s
-    tokens = given.work.output_tokens.mean
-    return Plan(
-        pipelines=(best.pipeline,),
-        rows_per_s=rows_per_s,
-        tokens_per_s=rows_per_s * tokens,
-        finish_s=best.finish_s,
-        # Bisection ends a rounding error away from the optimum that a plan may attain.
-        bound_tokens_per_s=max(bound_rows_per_s, rows_per_s) * tokens,
-        binding=binding_words(given, best.costs, order, best.split),
-        basis=basis_lines(given, best.costs.cell),
-    )
+def _settled(given: Problem, tried: tuple[Cell, ...], ring: Found) -> Found:
+    """The same ring in the calmest of the cells that are as fast."""
+    own, place = among(given, ring.order), tuple(range(len(ring.order)))
+    close = [ring]
+    for cell in tried:
+        split = best_split(cell_costs(own, cell).ring(place))
+        if split and split.row_s <= ring.split.row_s * (1.0 + SAME):
+            close.append(replace(ring, cell=cell, split=split))
+    return min(close, key=_unrest)
+
+
+def _unrest(ring: Found) -> tuple[bool, int, int]:
+    """Calm is: one micro-batch more than the ring needs, as real steps jitter; then few rows."""
+    cell = ring.cell
+    needed = ring.split.life_s / (ring.split.row_s * cell.micro_batch_rows)
+    slack = cell.in_flight >= min(needed + 1.0, len(ring.order) * 4.0)
+    return (not slack, cell.rows, cell.in_flight)
