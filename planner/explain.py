@@ -1,5 +1,7 @@
 """A plan in plain sentences: what limits it, and which facts it rests on."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from planner.chain import Split
@@ -69,7 +71,7 @@ def basis_lines(given: Problem, cell: Cell) -> tuple[str, ...]:
             f"link {given.nodes[i].name} -> {given.nodes[j].name}: "
             f"{given.net.latency_s[i, j] * 1e3:.3g} ms, {_rate(given.net.bytes_per_s[i, j])}"
         )
-    return tuple(lines)
+    return (*lines, *given.notes)
 
 
 def _work_line(given: Problem) -> str:
@@ -81,8 +83,8 @@ def _work_line(given: Problem) -> str:
     )
 
 
-def explain(plan: Plan) -> str:
-    """The plan, its speed, its certificate and its limit, as sentences for people."""
+def explain(plan: Plan, advice: Sequence[object] = ()) -> str:
+    """The plan, its speed, its certificate, its limit and what would help, in plain sentences."""
     lines = [
         f"{_count(len(plan.pipelines), 'pipeline')}, {plan.rows_per_s:.4g} rows/s, "
         f"{plan.tokens_per_s:.4g} output tokens/s; the workload takes {_seconds(plan.finish_s)}.",
@@ -92,7 +94,10 @@ def explain(plan: Plan) -> str:
     ]
     for number, pipeline in enumerate(plan.pipelines):
         lines.append(f"Pipeline {number}: {_ring_words(pipeline)}.")
-    return "\n".join([*lines, *(f"  {line}" for line in plan.basis)])
+    if advice:
+        lines.append("What would help most:")
+        lines.extend(f"  {change}" for change in advice)
+    return "\n".join([*lines, "It rests on:", *(f"  {line}" for line in plan.basis)])
 
 
 def _ring_words(pipeline: Pipeline) -> str:

@@ -20,6 +20,8 @@ class Problem:
     model: ModelShape
     work: Workload
     net: Network
+    notes: tuple[str, ...] = ()
+    """What was changed in the facts before planning, for people."""
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -29,8 +31,15 @@ class Problem:
 def problem(cluster: Cluster, model: ModelShape, work: Workload) -> Problem:
     """The facts, checked; raises InfeasibleError where they cannot be true."""
     check_facts(cluster, model, work)
-    cluster = replace(cluster, nodes=tuple(smoothed(node) for node in cluster.nodes))
-    return Problem(cluster, model, work, network(cluster))
+    nodes = tuple(smoothed(node) for node in cluster.nodes)
+    notes = tuple(
+        f"node {new.name}: its profile was uneven; where more work took less time, the longer time "
+        "before it counts"
+        for old, new in zip(cluster.nodes, nodes, strict=True)
+        if old.layer_s and new.layer_s and sorted(old.layer_s.decode) != list(new.layer_s.decode)
+    )
+    cluster = replace(cluster, nodes=nodes)
+    return Problem(cluster, model, work, network(cluster), notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,126 @@
+"""From a running plan and a changed cluster to the next plan, and whether changing pays.
+
+Pipelines that the change leaves alone keep running. The others' nodes, and those that came, form new
+rings; a plan made from nothing replaces it all if it finishes the remaining rows sooner, with the
+layers it must load and the keys and values it must compute again counted.
+"""
+
+from dataclasses import dataclass
+
+from planner.exact import EXACT_NODES, solve_exactly
+from planner.facts import Cluster, ModelShape, Workload
+from planner.grid import cells
+from planner.infeasible import why_none
+from planner.large import solve_large
+from planner.plan import Pipeline, Plan, StagePlan
+from planner.problem import Problem, among, cell_of, judged, order_of, problem
+from planner.ring import Found
+from planner.solve import compute_bound, plan_of
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The next plan, and what going there costs."""
+
+    plan: Plan
+    layers_to_load: dict[str, int]
+    """Layers by node that it does not hold already."""
+    load_s: float
+    """Until the slowest node has read them; 0 where disks are unknown."""
+    rows_prefilled_again: int
+    """Rows in flight whose keys and values are lost."""
+    finish_s: float
+    """Until the remaining rows are answered, all of that included."""
+    keep_s: float
+    """The same if the running plan were kept; infinite where it cannot run any more."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether changing finishes the remaining rows sooner than staying."""
+        return self.finish_s < self.keep_s
+
+
+def replan(running: Plan, cluster: Cluster, model: ModelShape, remaining: Workload) -> Change:
+    """The best way on for the remaining rows after nodes left, joined, slowed or sped up.
+
+    Raises:
+        InfeasibleError: nothing fits any more; the message says what is missing.
+    """
+    given = problem(cluster, model, remaining)
+    tried = cells(remaining)
+    alive = _alive(given, running)
+    patched = alive + _rings_of_the_rest(given, alive)
+    options = [_change(given, running, rings) for rings in (alive, patched) if rings]
+    if not options or len(given.nodes) <= EXACT_NODES:
+        fresh = solve_exactly(given) if len(given.nodes) <= EXACT_NODES else solve_large(given)
+        options.extend([_change(given, running, fresh)] if fresh else [])
+    if not options:
+        raise why_none(given, tried)
+    return min(options, key=lambda change: change.finish_s)
+
+
+def _alive(given: Problem, running: Plan) -> list[Found]:
+    """The running rings whose nodes are all there and can still carry them."""
+    names = {node.name for node in given.nodes}
+    alive = []
+    for pipeline in running.pipelines:
+        if all(stage.node in names for stage in pipeline.stages):
+            split = judged(given, pipeline)
+            if split.row_s < float("inf"):
+                alive.append(Found(cell_of(pipeline), order_of(given, pipeline), split))
+    return alive
+
+
+def _rings_of_the_rest(given: Problem, alive: list[Found]) -> list[Found]:
+    used = {node for ring in alive for node in ring.order}
+    rest = tuple(i for i in range(len(given.nodes)) if i not in used)
+    if not rest:
+        return []
+    own = among(given, rest)
+    rings = solve_exactly(own) if len(rest) <= EXACT_NODES else solve_large(own)
+    return [Found(r.cell, tuple(rest[i] for i in r.order), r.split) for r in rings]
+
+
+def _change(given: Problem, running: Plan, rings: list[Found]) -> Change:
+    plan = plan_of(given, rings, compute_bound(given, cells(given.work)))
+    load = {
+        stage.node: new
+        for pipeline in plan.pipelines
+        for stage in pipeline.stages
+        if (new := stage.layers - _kept_layers(running, stage))
+    }
+    load_s = max((_load_s(given, name, count) for name, count in load.items()), default=0.0)
+    lost = [p for p in running.pipelines if p not in plan.pipelines]
+    names = {node.name for node in given.nodes}
+    given_up = [p for p in lost if all(stage.node in names for stage in p.stages)]
+    # A row given up costs at worst a whole row again; those of dead nodes are lost either way.
+    again_s = _rows_in(given_up, given) / plan.rows_per_s
+    finish = load_s + again_s + given.work.rows / plan.rows_per_s
+    return Change(plan, load, load_s, _rows_in(lost, given), finish, _keep_s(given, running))
+
+
+def _rows_in(pipelines: list[Pipeline], given: Problem) -> int:
+    in_flight = sum(p.micro_batch_rows * p.in_flight for p in pipelines)
+    return min(in_flight, given.work.rows)
+
+
+def _kept_layers(running: Plan, stage: StagePlan) -> int:
+    """Layers of a new stage that its node holds already."""
+    kept = [
+        range(max(old.first_layer, stage.first_layer), min(old.end_layer, stage.end_layer))
+        for pipeline in running.pipelines
+        for old in pipeline.stages
+        if old.node == stage.node
+    ]
+    return sum(len(layers) for layers in kept)
+
+
+def _load_s(given: Problem, name: str, layers: int) -> float:
+    disk = given.cluster.node(name).disk_bytes_per_s
+    return layers * given.model.layer_bytes / disk if disk > 0 else 0.0
+
+
+def _keep_s(given: Problem, running: Plan) -> float:
+    """Seconds for the remaining rows if nothing changes; only pipelines that still run count."""
+    rate = sum(ring.rows_per_s for ring in _alive(given, running))
+    return given.work.rows / rate if rate else float("inf")

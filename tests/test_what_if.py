@@ -1,0 +1,113 @@
+"""The imagined cluster: read as written, refused by place, and advice from planning again."""
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from planner.advice import advise
+from planner.explain import explain
+from planner.facts import InfeasibleError
+from planner.solve import solve
+from planner.what_if import WhatIfError, what_if
+
+TEXT = """
+nodes:
+  - {name: a, region: eu, kind: a100, flop_per_s: 1.5e14, memory_bytes: 8.0e10, memory_bytes_per_s: 1.5e12,
+     host_bytes: 2.56e11, host_to_device_bytes_per_s: 1.2e10, disk_bytes_per_s: 2.0e9, up_bytes_per_s: 1.25e8, down_bytes_per_s: 1.25e8,
+     layer_s: {prefill: [[128, 0.004], [1024, 0.030]], decode: [[1, 512, 0.0008], [32, 512, 0.0011]]}}
+  - {name: b, flop_per_s: 7.0e13, memory_bytes: 8.0e10, memory_bytes_per_s: 9.0e11}
+links:
+  - {from: a, to: b, latency_s: 0.020, bytes_per_s: 1.25e7, loss: 0.0}
+default_link: {latency_s: 0.050, bytes_per_s: 1.25e7, loss: 0.0}
+model: {layers: 80, hidden: 8192, layer_bytes: 1.71e9, kv_bytes_per_token_layer: 4096, activation_value_bytes: 2, embedding_bytes: 5.2e8, head_bytes: 5.2e8, flop_per_token_layer: 1.7e9}
+workload: {rows: 10000, prompt_tokens: {mean: 512, p95: 1500}, output_tokens: {mean: 128, p95: 400}, shared_prefix_fraction: 0.0, acceptance: [], codec: {lossless: {ratio: 1.47, bytes_per_s: 8.0e8}}}
+"""  # noqa: E501
+
+
+def mapping() -> Any:
+    return copy.deepcopy(yaml.safe_load(TEXT))
+
+
+def test_every_fact_arrives_with_its_number() -> None:
+    imagined = what_if(mapping())
+    a = imagined.cluster.nodes[0]
+    assert a.memory_bytes == 8e10
+    assert a.layer_s is not None
+    assert a.layer_s.decode == ((1, 512, 0.0008), (32, 512, 0.0011))
+    assert imagined.cluster.links[0].latency_s == 0.02
+    assert imagined.model is not None
+    assert imagined.model.layers == 80
+    assert imagined.workload is not None
+    assert imagined.workload.codec["lossless"].ratio == 1.47
+
+
+def test_number_that_yaml_reads_as_a_word_counts() -> None:
+    given = mapping()
+    given["nodes"][0]["memory_bytes"] = "8.0e10"
+    assert what_if(given).cluster.nodes[0].memory_bytes == 8e10
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("nodes", 0, "memroy"), 1, r"nodes\[0\]: 'memroy' is not a key"),
+        (("nodes", 1, "flop_per_s"), "fast", r"nodes\[1\].flop_per_s is 'fast'; it takes a number"),
+        (("nodes", 1, "flop_per_s"), True, "is True; it takes a number"),
+        (("links", 0, "to"), "c", r"links\[0\]: to is 'c', which no node is called"),
+        (("links", 0, "source"), "a", "'source' is not a key; say 'from'"),
+        (("default_link", "from"), "a", "default_link: 'from' is not a key"),
+        (("model", "layers"), 3.5, "model.layers is 3.5; it takes a whole number"),
+        (("workload", "codec"), [1], r"workload.codec is \[1\]; it takes keys and values"),
+        (("nodes", 0, "layer_s", "decode"), [[1, 2]], r"decode\[0\] has 2 numbers; it takes 3"),
+        (("nodes",), {}, "nodes is {}; it takes a list"),
+        (("cluster",), 1, "the file: 'cluster' is not a key"),
+    ],
+)
+def test_slips_are_named_by_their_place(path: tuple[Any, ...], value: object, words: str) -> None:
+    given = mapping()
+    inside = given
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    with pytest.raises(WhatIfError, match=words):
+        what_if(given)
+
+
+def test_missing_fact_is_named() -> None:
+    given = mapping()
+    del given["model"]["hidden"]
+    with pytest.raises(WhatIfError, match="model: 'hidden' is missing"):
+        what_if(given)
+
+
+def test_uneven_profile_is_smoothed_and_the_plan_says_so() -> None:
+    given = mapping()
+    given["nodes"][0]["layer_s"]["decode"] = [[1, 512, 0.0012], [8, 512, 0.0009], [32, 512, 0.0011]]
+    imagined = what_if(given)
+    assert imagined.model is not None
+    assert imagined.workload is not None
+    plan = solve(imagined.cluster, imagined.model, imagined.workload)
+    assert any("node a: its profile was uneven" in line for line in plan.basis)
+
+
+def test_advice_is_what_planning_again_gives() -> None:
+    imagined = what_if(mapping())
+    assert imagined.model is not None
+    assert imagined.workload is not None
+    plan = solve(imagined.cluster, imagined.model, imagined.workload)
+    advice = advise(imagined.cluster, imagined.model, imagined.workload, plan)
+    assert advice[0].tokens_per_s >= plan.tokens_per_s
+    assert {a.change for a in advice} >= {"one more node like a"}
+    assert str(advice[0]) in explain(plan, advice)
+
+
+def test_impossible_facts_are_the_planners_to_refuse() -> None:
+    given = mapping()
+    given["nodes"][0]["memory_bytes"] = -1
+    imagined = what_if(given)
+    assert imagined.model is not None
+    assert imagined.workload is not None
+    with pytest.raises(InfeasibleError, match="node a: memory_bytes is -1; it cannot be negative"):
+        solve(imagined.cluster, imagined.model, imagined.workload)
