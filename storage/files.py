@@ -16,11 +16,8 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import fsspec
-import pyarrow as pa
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
-from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
 from storage.errors import StoreError, UnsupportedStoreError
 
@@ -33,6 +30,10 @@ class Files(Protocol):
     shown: str
     """The root, for messages: without passwords or signatures."""
 
+    @property
+    def root(self) -> Path | None:
+        """The folder, if other code may open its files by their paths."""
+
     def read(self, name: str) -> bytes: ...
     def names(self, folder: str) -> list[str]: ...
     def exists(self, name: str) -> bool: ...
@@ -40,8 +41,6 @@ class Files(Protocol):
     def create(self, name: str, content: bytes) -> None: ...
     def remove(self, name: str) -> None: ...
     def require_exclusive_create(self) -> None: ...
-    def arrow(self) -> FileSystem: ...
-    def path(self, name: str) -> str: ...
 
 
 def files_at(uri: str) -> Files:
@@ -116,12 +115,6 @@ class LocalFiles:
     def require_exclusive_create(self) -> None:
         """Nothing to ask beforehand: a folder without hard links says so at the first link."""
 
-    def arrow(self) -> FileSystem:
-        return ArrowLocalFileSystem()
-
-    def path(self, name: str) -> str:
-        return str(self.root / name)
-
     @contextmanager
     def _temporary(self, target: Path, content: bytes | Path) -> Iterator[Path]:
         """The content, durable under a name beside the target that is gone afterwards."""
@@ -163,20 +156,22 @@ class LocalFiles:
 class ObjectFiles:
     """Any other fsspec filesystem: a put is whole by nature, a commit is one conditional create."""
 
-    def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, shown_root: str) -> None:
+    root = None
+
+    def __init__(self, filesystem: fsspec.AbstractFileSystem, prefix: str, shown_root: str) -> None:
         self._filesystem = filesystem
-        self._root = root.rstrip("/")
+        self._prefix = prefix.rstrip("/")
         self.shown = shown_root
 
     def read(self, name: str) -> bytes:
         """The whole object; FileNotFoundError if there is none."""
         with _stores(self.shown, name):
-            content: bytes = self._filesystem.cat_file(self.path(name))
+            content: bytes = self._filesystem.cat_file(self._path(name))
             return content
 
     def names(self, folder: str) -> list[str]:
         """Sorted names below a prefix; empty if there are none."""
-        path = self.path(folder)
+        path = self._path(folder)
         try:
             with _stores(self.shown, folder):
                 self._filesystem.invalidate_cache(path)
@@ -187,7 +182,7 @@ class ObjectFiles:
 
     def exists(self, name: str) -> bool:
         with _stores(self.shown, name):
-            path = self.path(name)
+            path = self._path(name)
             self._filesystem.invalidate_cache(self._filesystem._parent(path))
             return bool(self._filesystem.exists(path))
 
@@ -195,15 +190,15 @@ class ObjectFiles:
         """Put an object, in place of any that has the name."""
         with _stores(self.shown, name):
             if isinstance(content, Path):
-                self._filesystem.put_file(str(content), self.path(name))
+                self._filesystem.put_file(str(content), self._path(name))
             else:
-                self._filesystem.pipe_file(self.path(name), content)
+                self._filesystem.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> None:
         """Put an object that must not exist; FileExistsError if somebody was first."""
         with _stores(self.shown, name):
             try:
-                self._create(self.path(name), content)
+                self._create(self._path(name), content)
             except (NotImplementedError, ValueError, TypeError) as error:
                 raise UnsupportedStoreError(self._no_exclusive_create(str(error))) from error
 
@@ -211,7 +206,7 @@ class ObjectFiles:
         """Delete an object if it is there."""
         with _stores(self.shown, name):
             try:
-                self._filesystem.rm_file(self.path(name))
+                self._filesystem.rm_file(self._path(name))
             except FileNotFoundError:
                 return
 
@@ -229,11 +224,8 @@ class ObjectFiles:
             self._no_exclusive_create("a second create overwrote the first")
         )
 
-    def arrow(self) -> FileSystem:
-        return PyFileSystem(_WholeFiles(self._filesystem))
-
-    def path(self, name: str) -> str:
-        return f"{self._root}/{name}" if name else self._root
+    def _path(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if name else self._prefix
 
     def _create(self, path: str, content: bytes) -> None:
         inherited = fsspec.AbstractFileSystem.pipe_file  # which looks first and then overwrites
@@ -248,13 +240,6 @@ class ObjectFiles:
             f"{self.shown}: this filesystem cannot create a file exclusively ({reason}), so two"
             " writers could overwrite each other's commits; choose another for the store"
         )
-
-
-class _WholeFiles(FSSpecHandler):  # type: ignore[misc]
-    """Fetches a file by one request: parts are small, and readers never share a cursor."""
-
-    def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.BufferReader(self.fs.cat_file(path))
 
 
 @contextmanager

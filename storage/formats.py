@@ -103,7 +103,7 @@ def _parquet_rows(source: PromptSource, file: BinaryIO) -> Iterator[RawRow]:
     try:
         for group in range(parquet.num_row_groups):
             rows = _batch_rows(parquet.metadata.row_group(group))
-            for batch in parquet.iter_batches(rows, [group], list(source.columns)):
+            for batch in parquet.iter_batches(rows, [group], sorted(set(source.columns))):
                 yield from _batch(source, batch, row)
                 row += batch.num_rows
     except (pa.ArrowException, OSError) as error:

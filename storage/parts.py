@@ -1,12 +1,15 @@
 """Parts: immutable Parquet files of result rows, each written whole and known by its sha256."""
 
+from collections.abc import Iterator
 from hashlib import sha256
 from io import BytesIO
+from typing import TypeAlias
 from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from storage.errors import CorruptStoreError
 from storage.files import Files
@@ -64,8 +67,41 @@ def remove_part(files: Files, name: str) -> None:
     files.remove(f"data/{name}")
 
 
-def dataset(files: Files, names: list[str], schema: pa.Schema) -> ds.Dataset:
-    """The named Parquet files as one table; nothing is opened before it is scanned."""
-    filesystem, parquet = files.arrow(), ds.ParquetFileFormat()
-    fragments = [parquet.make_fragment(files.path(name), filesystem) for name in names]
+class FetchedTable:
+    """Parquet files of a remote store as one table; each is fetched whole when a scan comes to it.
+
+    A dataset would read them through a filesystem written in Python, and that deadlocks: DuckDB
+    starts a scan under the interpreter's lock, and Arrow's thread needs the lock to open a file.
+    """
+
+    def __init__(self, files: Files, names: list[str], schema: pa.Schema) -> None:
+        self._files = files
+        self._names = names
+        self._schema = schema
+
+    def __arrow_c_schema__(self) -> object:
+        return self._schema.__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        reader = pa.RecordBatchReader.from_batches(self._schema, self._batches())
+        return reader.__arrow_c_stream__(requested_schema)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        for name in self._names:
+            with pq.ParquetFile(pa.BufferReader(self._files.read(name))) as parquet:
+                for batch in parquet.iter_batches(GROUP_ROWS, columns=self._schema.names):
+                    yield pa.record_batch(batch.columns, schema=self._schema)
+
+
+ScannedTable: TypeAlias = ds.Dataset | FetchedTable
+"""What DuckDB scans; nothing is opened before a query comes to it."""
+
+
+def table_of(files: Files, names: list[str], schema: pa.Schema) -> ScannedTable:
+    """The named Parquet files as one table."""
+    if files.root is None:
+        return FetchedTable(files, names, schema)
+    filesystem, parquet = LocalFileSystem(), ds.ParquetFileFormat()
+    paths = [str(files.root / name) for name in names]
+    fragments = [parquet.make_fragment(path, filesystem) for path in paths]
     return ds.FileSystemDataset(fragments, schema, parquet, filesystem)

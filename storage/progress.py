@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.dataset as ds
 
 from storage.errors import InputError, StoreError
 from storage.files import shown
 from storage.formats import read_rows
 from storage.index import index_batches
 from storage.log import InputVersion, Snapshot
+from storage.parts import ScannedTable
 from storage.prompts import PromptRow, PromptSource
 from storage.sql import connection, own_query
 from storage.store import JobStore
 
 _TERMINAL = """
-    select i.row_id, bool_and(p.status = 'ok') as ok
-    from index_rows i join part_rows p using (custom_id, input_hash) group by i.row_id
+    select i.row_id, p.status = 'ok' as ok
+    from index_rows i join part_rows p using (custom_id, input_hash)
 """
 
 
@@ -51,20 +51,23 @@ class Progress:
 
 
 def progress(store: JobStore) -> Progress:
-    """The job's progress now; StoreError if it has no input yet. Memory: 10 bytes a row or so."""
+    """The job's progress now; StoreError if it has no input yet.
+
+    The join of keys spills to disk where memory is short; one byte a row remains.
+    """
     snapshot = store.snapshot()
     if snapshot.input is None:
         raise StoreError(f"{store.files.shown}: the job has no input yet; set it first")
     row_ids, ok = terminal_rows(store, snapshot, store.part_rows(snapshot))
     terminal = np.zeros(snapshot.input.rows, np.bool_)
     terminal[row_ids] = True
-    return Progress(snapshot, snapshot.input, terminal, int(np.count_nonzero(~ok)))
+    return Progress(snapshot, snapshot.input, terminal, len(np.unique(row_ids[~ok])))
 
 
 def terminal_rows(
-    store: JobStore, snapshot: Snapshot, parts: ds.Dataset
+    store: JobStore, snapshot: Snapshot, parts: ScannedTable
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """(row_id, whether it is an answer) of each row of the snapshot's index that `parts` end."""
+    """(row_id, whether it is an answer) for each row in `parts` that the snapshot's index has."""
     tables = {"index_rows": store.index_rows(snapshot), "part_rows": parts}
     with connection(tables) as database, own_query(store.files.shown):
         found = database.sql(_TERMINAL).to_arrow_table()

@@ -17,7 +17,6 @@ from typing import Literal
 from uuid import uuid4
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -32,7 +31,7 @@ from storage.errors import (
 from storage.files import Files, files_at, shown
 from storage.index import BuiltIndex
 from storage.log import Entry, InputVersion, Part, Snapshot, parse_entry, replay
-from storage.parts import dataset
+from storage.parts import ScannedTable, table_of
 from storage.prompts import PromptSource
 from storage.schema import INDEX_SCHEMA, RESULT_SCHEMA
 
@@ -149,20 +148,22 @@ class JobStore:
                 return done
         raise self.race_lost()
 
-    def part_rows(self, snapshot: Snapshot) -> ds.Dataset:
+    def part_rows(self, snapshot: Snapshot) -> ScannedTable:
         """The rows of all live parts, superseded ones too; no glob, only what the log names."""
-        return dataset(self.files, [f"data/{name}" for name in snapshot.parts], RESULT_SCHEMA)
+        return table_of(self.files, [f"data/{name}" for name in snapshot.parts], RESULT_SCHEMA)
 
-    def index_rows(self, snapshot: Snapshot) -> ds.Dataset:
+    def index_rows(self, snapshot: Snapshot) -> ScannedTable:
         """The current index; no rows if the job has none yet."""
         names = [_index_name(snapshot.input.sha)] if snapshot.input else []
-        return dataset(self.files, names, INDEX_SCHEMA)
+        return table_of(self.files, names, INDEX_SCHEMA)
 
     def index_file(self, version: InputVersion) -> pa.NativeFile:
         """An index, opened for streaming; CorruptStoreError if it is gone."""
         name = _index_name(version.sha)
         try:
-            return self.files.arrow().open_input_file(self.files.path(name))
+            if self.files.root is not None:
+                return pa.OSFile(str(self.files.root / name))
+            return pa.BufferReader(self.files.read(name))
         except FileNotFoundError as error:
             raise CorruptStoreError(f"{self.files.shown}/{name} is missing") from error
 

@@ -346,6 +346,12 @@ def test_a_column_named_twice_is_refused(write: Write) -> None:
     assert fault_of(plain(write("p.csv", b"id,prompt,id\na,A,b\n"))).column == "id"
 
 
+def test_one_column_may_serve_twice(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "p.parquet", prompt=pa.array(["A"]))
+    [row] = rows_of(PromptSource(path, id_column="prompt", prompt_column="prompt"))
+    assert (row.custom_id, row.prompt) == ("A", "A")
+
+
 def test_a_source_needs_one_column_to_ask_from(write: Write) -> None:
     uri = write("p.jsonl", JSONL)
     assert "name one of" in fault_of(PromptSource(uri)).reason

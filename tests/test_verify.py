@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import CorruptStoreError, StoreError
-from storage.parts import write_part
+from storage.parts import read_part, write_part
 from storage.progress import progress, unanswered
 from storage.prompts import PromptSource
 from storage.results import ResultWriter
@@ -64,7 +64,7 @@ def test_missing_rows_are_named(tmp_path: Path, source: PromptSource) -> None:
 def test_rows_that_are_there_twice_are_named(store: JobStore) -> None:
     known = store.snapshot()
     part = next(iter(known.parts.values()))
-    rows = store.part_rows(known).to_table().slice(1, 1)
+    rows = read_part(store.files, part).slice(1, 1)
     store.append(known, new_entry("append", added=(write_part(store.files, rows),)))
     report = verify(store)
     assert (report.duplicated, report.duplicated_ids) == (1, ("row-1",))
@@ -105,7 +105,8 @@ def test_a_part_whose_footer_contradicts_the_log_is_named(
     store = begun(str(tmp_path / "store"), source)
     other = begun(str(tmp_path / "other"), source)
     run(other, source)
-    part = write_part(store.files, other.part_rows(other.snapshot()).to_table())
+    [written] = other.snapshot().parts.values()
+    part = write_part(store.files, read_part(other.files, written))
     wrong = part.model_copy(update={"rows": 3})
     store.append(store.snapshot(), new_entry("append", added=(wrong,)))
     assert "has 4 rows, the log says 3" in verify(store).corrupt[0]
