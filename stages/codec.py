@@ -281,7 +281,9 @@ def _described(frame: memoryview, level: str, dtype: str, max_bytes: int) -> _He
         raise FrameError(f"{size} bytes of {dtype} cannot be coded at level {level}")
     profile_id, *lengths = struct.unpack_from(f"<{1 + count}I", frame, table_at) if count else (0,)
     stored = sum(lengths) if count else size
-    if stored != len(frame) - payload_at or (modes & ~_JOINED) >> 2 * count:
+    if (modes & ~_JOINED) >> 2 * count:
+        raise FrameError(f"{dtype} at level {level} has {count} planes; modes are {modes:#x}")
+    if stored != len(frame) - payload_at:
         raise FrameError(f"{len(frame) - payload_at} bytes of payload where {stored} are named")
     return _Header(
         level,

@@ -99,13 +99,10 @@ def coded(plane: bytes, names: int | None = None, **parameters: int) -> bytes:
     frame = coder.compress(plane)
     if names == len(plane):
         return frame
-    # The size stands after the magic number and the flags, in 2 bytes (less 256) or in 4.
-    wide = frame[4] >> 6 == 2
-    return (
-        frame[:5]
-        + struct.pack("<I" if wide else "<H", names - 256 * (not wide))
-        + (frame[9:] if wide else frame[7:])
-    )
+    # The size stands after magic number, flags and perhaps a window: in 2 bytes (less 256) or in 4.
+    at = 5 if frame[4] & 0x20 else 6
+    size = struct.pack("<I", names) if frame[4] >> 6 == 2 else struct.pack("<H", names - 256)
+    return frame[:at] + size + frame[at + len(size) :]
 
 
 def bfloat16_frame(coded_plane: bytes) -> bytes:
