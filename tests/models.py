@@ -18,6 +18,8 @@ from transformers import (
 from stages.architecture import Model
 from stages.selfcheck import randomise
 
+torch.set_num_threads(1)  # cores are shared with the stages of other tests
+
 SMALL: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,

@@ -1,7 +1,6 @@
 """A model that we would compute wrongly is refused before a job starts, and told why."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from stages.architecture import read_config
 from stages.errors import CheckpointError, ModelError, UnsupportedModelError
 from stages.selfcheck import LENGTHS, TOLERANCE, check, narrowed
 
+torch.set_num_threads(1)  # cores are shared with the stages of other tests
+
 LINEAR = {"rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -21,14 +22,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_config(folder: Path, model_type: str, **flags: Any) -> Path:

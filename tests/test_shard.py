@@ -1,7 +1,7 @@
 """A model cut into shards computes what `transformers` computes, or says why it cannot."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -85,14 +85,6 @@ class Reference:
     model: Model
     prompts: list[list[int]]
     answers: list[list[int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
