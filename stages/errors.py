@@ -59,7 +59,7 @@ class UnsupportedModelError(ModelError):
 class NumericError(StageError):
     """A NaN or infinity in an activation or a logit of `sequences`."""
 
-    def __init__(self, message: str, sequences: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: str, sequences: tuple[int, ...]) -> None:
         super().__init__(message)
         self.sequences = sequences
 

@@ -170,7 +170,8 @@ class Shard:
         named = sorted({owner for owner, is_bad in zip(owners, bad, strict=True) if is_bad})
         raise NumericError(
             f"layers {self.facts.first_layer}-{self.facts.end_layer} made a NaN or an infinity in "
-            f"{self.facts.dtype}, frame {step.frame}, for sequence {', '.join(map(str, named))}"
+            f"{self.facts.dtype}, frame {step.frame}, for sequence {', '.join(map(str, named))}",
+            tuple(named),
         )
 
 
