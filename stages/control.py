@@ -245,12 +245,6 @@ class Answers(_Message):
     answers: tuple[Answer, ...]
 
 
-class Drain(_Message):
-    """Finish what is in flight and take no new rows."""
-
-    kind = Kind.DRAIN
-
-
 class Stop(_Message):
     """End the process in good order."""
 
@@ -287,7 +281,7 @@ class StepFailed(_Message):
 
 
 ControlMessage: TypeAlias = (
-    Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | Answers | Drain | Stop
+    Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | Answers | Stop
     | StageFailed | StepFailed
 )  # fmt: skip
 Message: TypeAlias = StepFrame | SampleFrame | Ack | ControlMessage
@@ -299,7 +293,7 @@ _BY_KIND: dict[Kind, type[Message]] = {
     **{
         message.kind: message
         for message in (
-            Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, Answers, Drain, Stop,
+            Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, Answers, Stop,
             StageFailed, StepFailed,
         )
     },

@@ -67,7 +67,6 @@ class Kind(IntEnum):
     HEARTBEAT = 21
     ROWS = 22
     ANSWERS = 23
-    DRAIN = 24
     STOP = 25
     STAGE_FAILED = 26
 

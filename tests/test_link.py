@@ -17,7 +17,6 @@ from planner.schedule import Span, Step
 from stages.control import (
     Answer,
     Answers,
-    Drain,
     Heartbeat,
     Message,
     Rows,
@@ -327,7 +326,7 @@ def test_frames_that_have_no_place_end_the_connection(net: Net) -> None:
     wrong = {
         EpochMismatchError: step_packet(1, epoch=2),
         RunMismatchError: step_frame(1).encode(run_number("run-2")),
-        FrameError: Drain().encode(run_number(RUN)),
+        FrameError: Stop().encode(run_number(RUN)),
     }
     for error, packet in wrong.items():
         near, far = net.pair()
@@ -524,9 +523,9 @@ def received(mail: Mail | None) -> Message:
 
 def test_control_messages_cross_both_ways(net: Net) -> None:
     a, here, b, there = talk(net)
-    a.send(Drain())
+    a.send(Stop())
     b.send(Rows(lease="l", rows=()))
-    assert received(there.get(5)) == Drain()
+    assert received(there.get(5)) == Stop()
     assert received(here.get(5)) == Rows(lease="l", rows=())
     part(a, b)
 
@@ -540,7 +539,7 @@ def test_the_last_words_arrive_though_both_ends_talk(net: Net) -> None:
     mail = there.get(5)
     assert isinstance(mail, LinkDown) and isinstance(mail.error, PeerClosedError)
     with pytest.raises(PeerClosedError):
-        b.send(Drain())
+        b.send(Stop())
     b.close()
 
 
@@ -564,7 +563,7 @@ def test_a_silent_peer_is_lost(net: Net) -> None:
     assert isinstance(mail, LinkDown) and isinstance(mail.error, LinkTimeoutError)
     assert 0.3 < time.monotonic() - started_s < 2
     with pytest.raises(LinkTimeoutError):
-        duplex.send(Drain())
+        duplex.send(Stop())
 
 
 def test_an_owner_who_does_not_listen_calls_nobody_lost(net: Net) -> None:
@@ -659,7 +658,7 @@ def test_a_process_that_was_stopped_for_a_while_is_neither_lost_nor_calls_others
         time.sleep(1.5)
         child.send_signal(signal.SIGCONT)
         time.sleep(0.3)
-        duplex.send(Drain())
+        duplex.send(Stop())
         assert received(mailbox.get(10)) == Stop(reason="")
         assert child.wait() == 0
         duplex.close()

@@ -18,7 +18,6 @@ from stages.control import (
     Answer,
     Answers,
     ControlMessage,
-    Drain,
     Heartbeat,
     Hello,
     LeasedRow,
@@ -126,7 +125,6 @@ CONTROL: tuple[ControlMessage, ...] = (
             ),
         )
     ),
-    Drain(),
     Stop(reason="done"),
     StageFailed(node="a", error_type="NumericError", message="NaN in layer 3"),
     StepFailed(
@@ -217,7 +215,7 @@ def test_every_flipped_byte_is_an_error(message: Message) -> None:
 
 def test_a_reader_stays_broken_after_an_error() -> None:
     reader = FrameReader()
-    good = packed(Drain())
+    good = packed(Stop())
     with pytest.raises(FrameError):
         reader.feed(b"x" * PREFIX_BYTES)
     with pytest.raises(FrameError):
@@ -363,7 +361,7 @@ LIES = {
     "huge payload": {"payload": MAX_FRAME_BYTES + 1, "codec": 1},
     "payload of a codec without rows": {"rows": 0, "codec": 1},
     "another kind": {"kind": Kind.SAMPLES},
-    "control with a shape": {"kind": Kind.DRAIN},
+    "control with a shape": {"kind": Kind.STOP},
 }
 
 
@@ -376,7 +374,7 @@ def test_a_lie_in_a_rightly_summed_prefix_is_an_error(lie: dict[str, int]) -> No
 @pytest.mark.parametrize("size", [MAX_FRAME_BYTES + 1, 2**32 - 1])
 @pytest.mark.parametrize("kind", Kind)
 def test_a_lying_length_allocates_nothing(kind: Kind, size: int) -> None:
-    raw = resealed(packed(Drain()), kind=kind, payload=size)
+    raw = resealed(packed(Stop()), kind=kind, payload=size)
     tracemalloc.start()
     try:
         with pytest.raises(FrameError):
@@ -393,7 +391,7 @@ def test_a_kind_without_a_place_on_the_connection_is_refused_by_its_prefix() -> 
 
 def test_another_version_is_told_from_damage() -> None:
     with pytest.raises(VersionMismatchError):
-        read(resealed(packed(Drain()), version=2))
+        read(resealed(packed(Stop()), version=2))
 
 
 def test_another_run_and_another_epoch_are_told_apart() -> None:
@@ -407,9 +405,9 @@ def test_another_run_and_another_epoch_are_told_apart() -> None:
 
 
 JSON_LIES: dict[str, tuple[type[ControlMessage], bytes]] = {
-    "no JSON": (Drain, b"{"),
+    "no JSON": (Stop, b"{"),
     "no UTF-8": (Stop, b'{"reason": "\xff"}'),
-    "a field too many": (Drain, b'{"pickle": 1}'),
+    "a field too many": (Stop, b'{"pickle": 1}'),
     "a field missing": (Refused, b'{"reason": "", "cause": "run"}'),
     "a number as text": (Refused, b'{"reason": "", "cause": "run", "epoch": "3"}'),
     "NaN": (Ready, b'{"epoch":3,"kv_capacity_tokens":1,"load_s":NaN,"rss_bytes":1}'),
@@ -423,7 +421,7 @@ JSON_LIES: dict[str, tuple[type[ControlMessage], bytes]] = {
         StepFailed,
         b'{"epoch":3,"frame":9,"slot":2,"sequences":[],"error_type":"E","message":""}',
     ),
-    "nesting": (Drain, b"[" * 100_000),
+    "nesting": (Stop, b"[" * 100_000),
 }
 
 

@@ -1,0 +1,54 @@
+"""What every benchmark leaves behind: a table for people and rows of JSON for whoever checks it."""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One measured figure. Without a target it is reported, and neither met nor missed."""
+
+    claim: str
+    measured: float
+    unit: str
+    target: float | None = None
+    """At least this much."""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None without one."""
+        return None if self.target is None else self.measured >= self.target
+
+
+def record(name: str, claims: list[Claim]) -> None:
+    """Print the claims and write benchmarks/results/<name>.json."""
+    table = Table("claim", "measured", "target", "unit", "met", title=name)
+    for claim in claims:
+        target = "" if claim.target is None else f"{claim.target:g}"
+        met = {True: "yes", False: "NO", None: ""}[claim.met]
+        table.add_row(claim.claim, f"{claim.measured:,.4g}", target, claim.unit, met)
+    Console().print(table)
+    facts = {"hardware": hardware(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    rows = [asdict(claim) | {"met": claim.met} | facts for claim in claims]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def hardware() -> str:
+    """The machine in a few words, and how busy it was."""
+    model = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        model = named[0] if named else model
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, load {os.getloadavg()[0]:.1f}"
