@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -38,7 +39,7 @@ from stages.control import (
 from stages.duplex import Duplex
 from stages.errors import LinkError, NumericError, ProtocolError, StageError
 from stages.frame import run_number
-from stages.greeting import Listener, dial
+from stages.greeting import Listener, dial, dial_once
 from stages.head import Head
 from stages.identity import Identity, Member
 from stages.link import Trust
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 JOIN_S = 120.0
 """Limit for one connection of the ring; the slowest stage may still be loading."""
+REDIAL_S = 5.0
+"""Limit for one attempt to take up a connection that broke."""
 FAREWELL_S = 5.0
 """A neighbour that leaves before us at the end of a run: the driver's word comes within this."""
 
@@ -158,13 +161,19 @@ class Worker:
         if len(self._spec.pipeline) == 1:
             return
         places = {peer.name: (peer.host, peer.port) for peer in topology.peers}
-        onward = dial(trust, self._spec.next, places[self._spec.next], self._hello(), JOIN_S)
-        self._outbox = Outbox(onward, self._mailbox.report_down, capacity=self._spec.ring.slots)
+        next_stage, place, hello = self._spec.next, places[self._spec.next], self._hello()
+        self._outbox = Outbox(
+            dial(trust, next_stage, place, hello, JOIN_S),
+            self._mailbox.report_down,
+            capacity=self._spec.ring.slots,
+            redial=partial(dial_once, trust, next_stage, place, hello, REDIAL_S),
+            patience_s=self._spec.lost_after_s,
+        )
         leave.callback(self._outbox.abort)
         arriving = listener.accept(JOIN_S)
         if arriving.peer != self._spec.previous or arriving.purpose != "data":
             raise ProtocolError(f"{arriving.peer} connected in place of {self._spec.previous}")
-        self._inbox = Inbox(arriving, self._mailbox)
+        self._inbox = Inbox(arriving, self._mailbox, listener, self._spec.lost_after_s)
         leave.callback(self._inbox.close)
 
     def _next_message(self, timeout_s: float | None) -> Message | None:

@@ -1,6 +1,6 @@
 """A whole pipeline over real sockets, its stages as threads: what tests of the ring drive."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 
 from flows.launch import Fleet, StageSettings
 from planner.plan import Pipeline, Plan, StagePlan
-from stages.config import DType, Ring, StageSpec
+from stages.config import Ring, StageSpec
 from stages.control import Answer, LeasedRow
 from stages.worker import Worker
 
@@ -45,13 +45,19 @@ def answers(
     rows: Sequence[LeasedRow],
     plan: Plan,
     ring: Ring,
-    dtype: DType = "float32",
+    watch: Callable[[Worker], None] = lambda _worker: None,
 ) -> dict[int, Answer]:
-    """Every row's answer, from stages that are threads of this process."""
-    threads = torch.get_num_threads()
-    settings = StageSettings("test-run", model, dtype, threads, ring)
+    """Every row's answer, from stages that are threads of this process; `watch` meets each stage."""
+
+    def live(_member: str, spec_path: str) -> None:
+        spec = StageSpec.model_validate_json(Path(spec_path).read_text(encoding="utf-8"))
+        worker = Worker(spec)
+        watch(worker)
+        worker.live()
+
+    settings = StageSettings("test-run", model, "float32", torch.get_num_threads(), ring)
     found: dict[int, Answer] = {}
-    with Fleet(plan, settings, start=_live) as fleet:
+    with Fleet(plan, settings, start=live) as fleet:
         fleet.start()
         fleet.lease(0, rows)
         while len(found) < len(rows):
@@ -59,7 +65,3 @@ def answers(
                 assert answer.row not in found, f"row {answer.row} was answered twice"
                 found[answer.row] = answer
     return found
-
-
-def _live(_member: str, spec_path: str) -> None:
-    Worker(StageSpec.model_validate_json(Path(spec_path).read_text(encoding="utf-8"))).live()

@@ -1,6 +1,9 @@
 """A ring of stages over real sockets says what `transformers` says in one process."""
 
+import contextlib
 import random
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from stages.architecture import Model
 from stages.control import Answer
+from stages.worker import Worker
 from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, row
 
@@ -148,6 +152,35 @@ def test_an_end_token_ends_the_row_and_leaves_no_text(tmp_path: Path) -> None:
     ended = answers(tmp_path, [row(0, prompt, 30)], plan_of(LAYERS, 2), ring_settings(2, 2))[0]
     assert ended.finish_reason == "stop"
     assert ended.output_ids == free.output_ids[: free.output_ids.index(end) + 1]
+
+
+def test_a_ring_whose_connections_are_cut_goes_on_as_if_nothing_was(tmp_path: Path) -> None:
+    write_random_model(tmp_path, "llama", seed=2)
+    rows = [row(i, ids, 40) for i, ids in enumerate(prompts_of(16, longest=150))]
+    calm = answers(tmp_path, rows, plan_of(LAYERS, 1), ring_settings(1, 16))
+    workers: list[Worker] = []
+    over = threading.Event()
+    cuts: list[str] = []
+
+    def cut() -> None:
+        while not over.wait(0.15):
+            for worker in workers:
+                if worker._outbox is not None:
+                    connection = worker._outbox._connection
+                    with contextlib.suppress(OSError):  # cut already, and not yet dialled again
+                        # As a router between the two would: neither end has asked for it.
+                        socket.socket.shutdown(connection._tls, socket.SHUT_RDWR)
+                        cuts.append(connection.peer)
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        found = answers(tmp_path, rows, plan_of(LAYERS, 3), ring_settings(3, 4), workers.append)
+    finally:
+        over.set()
+        cutter.join()
+    assert len(cuts) >= 6, "the run was over before its links were cut"
+    assert {n: a.output_ids for n, a in found.items()} == {n: a.output_ids for n, a in calm.items()}
 
 
 def test_more_rows_than_memory_holds_wait_their_turn(tmp_path: Path) -> None:
