@@ -22,7 +22,7 @@ from rich.table import Table
 
 from flows.batch import run_batch
 from flows.embedded import control_plane
-from flows.errors import FlowError, JobError
+from flows.errors import JobError, RunError
 from flows.job import load_job
 from flows.measure import measure
 from flows.model import open_model
@@ -189,7 +189,11 @@ def exit_status(arguments: Sequence[str] | None = None) -> int:
     except (JobError, InputError, FingerprintError, JobNotFoundError, QueryError) as error:
         sys.stderr.write(f"wagonway: {error}\n")
         return USAGE
-    except (FlowError, StorageError) as error:
+    except RunError as error:
+        sys.stderr.write(f"wagonway: {error}\n")
+        sys.stderr.write("wagonway: finished rows are kept; the same command continues\n")
+        return FAILED
+    except StorageError as error:
         sys.stderr.write(f"wagonway: {error}\n")
         return FAILED
     raise AssertionError("typer ends every command by SystemExit")

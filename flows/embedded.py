@@ -23,6 +23,8 @@ from flows.errors import ServerError
 DRAIN_S = 5.0
 START_LIMIT_S = 180.0
 """A first start migrates a fresh database: about 20 s on two busy cores."""
+CLIENT_RETRIES = 2
+"""Of a call to a server of our own, after 2 s and 4 s: once such a server is gone it stays gone."""
 
 
 class EmbeddedServer:
@@ -84,27 +86,49 @@ def embedded_server() -> Iterator[EmbeddedServer]:
 
 @contextmanager
 def control_plane() -> Iterator[None]:
-    """The Prefect server that the user has configured, or else one of this run's own."""
+    """The Prefect server that the user has configured, or else one of this run's own.
+
+    Raises ServerError for a server that cannot be reached, or no longer.
+    """
+    import httpx  # noqa: PLC0415  (the child needs none of these)
+    from prefect.settings import get_current_settings  # noqa: PLC0415
+
+    url = get_current_settings().api.url
+    try:
+        if url:
+            yield
+        else:
+            with embedded_server() as server:
+                server.wait_until_healthy()
+                with _spoken_to(server.api_url):
+                    yield
+    except httpx.HTTPError as error:
+        where = f"the Prefect server at {url}" if url else "the embedded Prefect server"
+        raise ServerError(f"{where} does not answer: {error}") from error
+
+
+@contextmanager
+def _spoken_to(api_url: str) -> Iterator[None]:
+    """Prefect's calls in the context go to a server of our own."""
     from prefect.events.worker import EventsWorker  # noqa: PLC0415
-    from prefect.logging.handlers import APILogWorker  # noqa: PLC0415  (the child needs none)
     from prefect.settings import (  # noqa: PLC0415
         PREFECT_API_URL,
-        get_current_settings,
+        PREFECT_CLIENT_MAX_RETRIES,
+        PREFECT_LOGGING_TO_API_ENABLED,
         temporary_settings,
     )
 
-    if get_current_settings().api.url:
-        yield
-        return
-    with embedded_server() as server:
-        server.wait_until_healthy()
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
-            try:
-                yield
-            finally:
-                # What is still to be said to the server; once it is gone they would wait and wait.
-                APILogWorker.drain_all(timeout=DRAIN_S, at_exit=False)
-                EventsWorker.drain_all(timeout=DRAIN_S, at_exit=False)
+    own = {
+        PREFECT_API_URL: api_url,
+        PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES,
+        PREFECT_LOGGING_TO_API_ENABLED: False,  # nobody could read them there: it has no pages
+    }
+    with temporary_settings(own):
+        try:
+            yield
+        finally:
+            # What is still to be said to the server; once it is gone this would wait and wait.
+            EventsWorker.drain_all(timeout=DRAIN_S, at_exit=False)
 
 
 def _server_settings(home: Path) -> dict[str, str]:

@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Self
+
+import httpx
 
 from flows.errors import FlowError, RunError, StageLostError
 from flows.stage import last_words, stage
@@ -47,6 +50,8 @@ EPOCH = 1
 HOST = "127.0.0.1"
 JOIN_S = 180.0
 """From the start of a stage's process to its first word: imports, on a busy machine."""
+LEASE_TOKENS = 2**20
+"""Prompt tokens in one message to a head, or one row if that has more."""
 STOP_S = 15.0
 """For a stage to leave after Stop; whoever stays goes when this process does."""
 CAUSE_S = 1.0
@@ -133,10 +138,13 @@ class Fleet:
                 raise RunError(f"a stage said {message} before it was ready")
 
     def lease(self, pipeline: int, rows: Sequence[LeasedRow]) -> None:
-        """Hand rows to a pipeline's head."""
-        self._leases += 1
+        """Hand rows to a pipeline's head, in messages of bounded size."""
         head = self._stations[self._pipelines[pipeline][0]]
-        self._send(head, Rows(lease=f"{self._settings.run}-{self._leases}", rows=tuple(rows)))
+        ends = accumulate(len(row.token_ids) for row in rows)
+        for _, part in groupby(zip(rows, ends, strict=True), lambda it: it[1] // LEASE_TOKENS):
+            self._leases += 1
+            lease = f"{self._settings.run}-{self._leases}"
+            self._send(head, Rows(lease=lease, rows=tuple(row for row, _ in part)))
 
     def answers(self, timeout_s: float) -> tuple[Answer, ...]:
         """The next rows that ended, none if none came in time; StageLostError if a stage is lost."""
@@ -256,8 +264,7 @@ class Fleet:
                     complaints.setdefault(mail.source.peer, message)
         for mail in mails:
             if isinstance(mail, LinkDown) and mail.source.peer not in complaints:
-                words = last_words(self._stations[mail.source.peer].spec_path.with_suffix(".log"))
-                return StageLostError(f"stage {mail.source.peer} is lost: {mail.error}; {words}")
+                return StageLostError(_obituary(self._stations[mail.source.peer], mail.error))
         name, failed = next(iter(complaints.items()))
         return StageLostError(f"stage {name} failed: {failed.error_type}: {failed.message}")
 
@@ -267,3 +274,13 @@ class Fleet:
             self._start(station.member, str(station.spec_path))
         except (StageLostError, StageError) as error:
             station.ended.append(str(error))
+        except httpx.HTTPError as error:
+            station.ended.append(f"stage {station.member}: the Prefect server is gone: {error}")
+
+
+def _obituary(station: _Station, error: StageError) -> str:
+    """What is known of a stage's silent death: how its process ended, or what its link said."""
+    if station.ended:
+        return station.ended[0]
+    words = last_words(station.spec_path.with_suffix(".log"))
+    return f"stage {station.member} is lost: {error}; {words}"

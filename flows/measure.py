@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import psutil
@@ -41,7 +42,10 @@ def measure(job: Job, stages: int) -> Measured:
     free_bytes = psutil.virtual_memory().available
     node_bytes = USABLE_MEMORY * free_bytes / stages
     nodes = tuple(_node(f"local-{i}", spec, facts, node_bytes, crowding) for i in range(stages))
-    loopback = Link("", "", facts.loopback_latency_s, facts.loopback_bytes_per_s)
+    links = tuple(
+        Link(here.name, there.name, facts.loopback_latency_s, facts.loopback_bytes_per_s)
+        for here, there in permutations(nodes, 2)
+    )
     basis = (
         f"{cores} cores and {free_bytes / 2**30:.1f} GiB free; {stages} stages of {threads} "
         f"threads on this machine, each at 1/{crowding:.3g} of its speed alone",
@@ -52,7 +56,7 @@ def measure(job: Job, stages: int) -> Measured:
         f"loopback carries {facts.loopback_bytes_per_s / 1e6:.0f} MB/s at "
         f"{1e6 * facts.loopback_latency_s:.0f} us",
     )
-    return Measured(Cluster(nodes, (), loopback), _shape(facts), threads, basis)
+    return Measured(Cluster(nodes, links), _shape(facts), threads, basis)
 
 
 def _probed(spec: ProbeSpec) -> ProbeFacts:

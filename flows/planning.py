@@ -2,11 +2,13 @@
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 
+from flows.errors import RunError
 from flows.job import Job, Sampling
 from flows.measure import Measured
 from flows.model import ModelFolder
-from planner.facts import Lengths, Workload
+from planner.facts import InfeasibleError, Lengths, Workload
 from planner.plan import Pipeline, Plan, StagePlan
 from planner.schedule import CHUNK_TOKENS
 from planner.solve import solve_in_order
@@ -52,12 +54,12 @@ def _lengths(counts: list[int]) -> Lengths:
 
 
 def make_plan(measured: Measured, work: Workload) -> Plan:
-    """The fastest split of the layers over the nodes, in their order."""
-    plan = solve_in_order(measured.cluster, measured.model, work)
-    return Plan(
-        plan.pipelines, plan.rows_per_s, plan.tokens_per_s, plan.finish_s,
-        plan.bound_tokens_per_s, plan.binding, (*measured.basis, *plan.basis),
-    )  # fmt: skip
+    """The fastest split of the layers over the nodes, in their order; RunError if none fits."""
+    try:
+        plan = solve_in_order(measured.cluster, measured.model, work)
+    except InfeasibleError as error:
+        raise RunError(f"no plan fits: {error}") from error
+    return replace(plan, basis=(*measured.basis, *plan.basis))
 
 
 def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: Workload) -> Ring:

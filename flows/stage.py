@@ -4,6 +4,7 @@ The worker is a child process with a pipe to this one: when this flow dies, howe
 pipe closes and the worker leaves.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,14 @@ def stage(member: str, spec_path: str) -> None:
         with worker:
             status = worker.wait()
     if status != 0:
-        raise StageLostError(f"stage {member} ended with status {status}: {last_words(log_path)}")
+        raise StageLostError(f"stage {member} {_end(status)}: {last_words(log_path)}")
+
+
+def _end(status: int) -> str:
+    """How a process ended, in words."""
+    if status < 0:
+        return f"was killed ({signal.Signals(-status).name})"
+    return f"ended with status {status}"
 
 
 def last_words(log_path: Path) -> str:
