@@ -101,7 +101,7 @@ def plan(job_file: JobFile, stages: Stages = 1, as_json: AsJson = False) -> None
     if as_json:
         _print_json(asdict(planned) | {"gap": planned.gap})
     else:
-        Console().print(explain(planned), highlight=False)
+        Console(soft_wrap=True).print(explain(planned), highlight=False)
 
 
 @app.command()

@@ -21,7 +21,8 @@ import httpx
 from flows.errors import FlowError, RunError, StageLostError
 from flows.stage import last_words, stage
 from planner.plan import Plan, StagePlan
-from stages.config import Address, DType, ModelSpec, Ring, StageSpec
+from stages.codec import FAST, RAW
+from stages.config import Address, DType, Lossless, ModelSpec, Ring, StageSpec
 from stages.control import (
     Answer,
     Answers,
@@ -52,6 +53,8 @@ JOIN_S = 180.0
 """From the start of a stage's process to its first word: imports, on a busy machine."""
 LEASE_TOKENS = 2**20
 """Prompt tokens in one message to a head, or one row if that has more."""
+CODECS: dict[str, Lossless] = {RAW: RAW, FAST: FAST}
+"""A plan's words for a link's codec, as a stage is told them."""
 STOP_S = 15.0
 """For a stage to leave after Stop; whoever stays goes when this process does."""
 CAUSE_S = 1.0
@@ -75,6 +78,8 @@ class _Station:
 
     plan: StagePlan
     pipeline: int
+    codec: Lossless
+    """Of the link to the next stage."""
     identity: Identity
     spec_path: Path
     link: Duplex | None = None
@@ -103,7 +108,13 @@ class Fleet:
         self._scratch = tempfile.TemporaryDirectory(prefix="wagonway-run-")  # mode 0700: keys
         folder = Path(self._scratch.name)
         self._stations = {
-            s.node: _Station(s, number, make_identity(s.node, folder), folder / f"{s.node}.json")
+            s.node: _Station(
+                s,
+                number,
+                next((CODECS[link.codec] for link in pipeline.links if link.source == s.node), RAW),
+                make_identity(s.node, folder),
+                folder / f"{s.node}.json",
+            )
             for number, pipeline in enumerate(plan.pipelines)
             for s in pipeline.stages
         }
@@ -199,6 +210,7 @@ class Fleet:
                 threads=settings.threads,
             ),
             ring=settings.ring,
+            codec=station.codec,
             driver=DRIVER,
             driver_address=Address(host=host, port=port),
             listen=Address(host=HOST, port=0),

@@ -12,7 +12,7 @@ import psutil
 
 from flows.errors import JobError, RunError
 from flows.job import Job
-from planner.facts import Cluster, LayerTimes, Link, ModelShape, Node
+from planner.facts import Cluster, CodecRate, LayerTimes, Link, ModelShape, Node
 from stages.config import REFUSED, ProbeFacts, ProbeSpec
 
 USABLE_MEMORY = 0.8
@@ -26,6 +26,8 @@ class Measured:
 
     cluster: Cluster
     model: ModelShape
+    codec: CodecRate
+    """The lossless codec on this model's activations."""
     threads: int
     """Threads that each stage computes with."""
     basis: tuple[str, ...]
@@ -46,6 +48,7 @@ def measure(job: Job, stages: int) -> Measured:
         Link(here.name, there.name, facts.loopback_latency_s, facts.loopback_bytes_per_s)
         for here, there in permutations(nodes, 2)
     )
+    codec = CodecRate(facts.codec_ratio, facts.codec_bytes_per_s / crowding)
     basis = (
         f"{cores} cores and {free_bytes / 2**30:.1f} GiB free; {stages} stages of {threads} "
         f"threads on this machine, each at 1/{crowding:.3g} of its speed alone",
@@ -53,10 +56,12 @@ def measure(job: Job, stages: int) -> Measured:
         f"{1e3 * facts.decode_s:.2f} ms for {spec.decode_rows} rows of {spec.context_tokens}",
         f"{facts.layers} layers of {facts.layer_bytes / 2**20:.1f} MiB in {facts.dtype}; "
         f"{facts.kv_bytes_per_token_layer:.0f} bytes of keys and values per token and layer",
+        f"the lossless codec makes activations {codec.ratio:.2f} times smaller at "
+        f"{codec.bytes_per_s / 1e6:.0f} MB/s",
         f"loopback carries {facts.loopback_bytes_per_s / 1e6:.0f} MB/s at "
         f"{1e6 * facts.loopback_latency_s:.0f} us",
     )
-    return Measured(Cluster(nodes, links), _shape(facts), threads, basis)
+    return Measured(Cluster(nodes, links), _shape(facts), codec, threads, basis)
 
 
 def _probed(spec: ProbeSpec) -> ProbeFacts:

@@ -12,6 +12,7 @@ from planner.facts import InfeasibleError, Lengths, Workload
 from planner.plan import Pipeline, Plan, StagePlan
 from planner.schedule import CHUNK_TOKENS
 from planner.solve import solve_in_order
+from stages.codec import FAST
 from stages.config import Ring
 from stages.errors import PromptError
 from storage.prompts import PromptRow
@@ -56,7 +57,9 @@ def _lengths(counts: list[int]) -> Lengths:
 def make_plan(measured: Measured, work: Workload) -> Plan:
     """The fastest split of the layers over the nodes, in their order; RunError if none fits."""
     try:
-        plan = solve_in_order(measured.cluster, measured.model, work)
+        plan = solve_in_order(
+            measured.cluster, measured.model, replace(work, codec={FAST: measured.codec})
+        )
     except InfeasibleError as error:
         raise RunError(f"no plan fits: {error}") from error
     return replace(plan, basis=(*measured.basis, *plan.basis))

@@ -12,6 +12,8 @@ from planner.schedule import RingShape
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
+Lossless = Literal["raw", "fast"]
+"""Codec levels that change no bit; the plan chooses one for each link."""
 
 
 class _Strict(BaseModel):
@@ -62,6 +64,8 @@ class StageSpec(_Strict):
     """Member names in ring order; the first is the head."""
     model: ModelSpec
     ring: Ring
+    codec: Lossless = "raw"
+    """Of the link to the next stage."""
     driver: str
     driver_address: Address
     listen: Address
@@ -140,6 +144,10 @@ class ProbeFacts(_Strict):
     head_s: float
     """From hidden states to the ids of `decode_rows` greedy tokens."""
     memory_bytes_per_s: float
+    codec_ratio: float
+    """Raw bytes over coded bytes of the lossless codec, for the first layer's own output."""
+    codec_bytes_per_s: float
+    """Raw bytes a second of its slower side, on one thread."""
     loopback_latency_s: float
     loopback_bytes_per_s: float
     """Plain TCP from one thread to another on this node."""

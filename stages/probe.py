@@ -17,6 +17,7 @@ import torch
 
 from planner.schedule import Grant, Span, Step
 from stages.architecture import Model, body_of, read_config, whole_model
+from stages.codec import FAST, decode, encode
 from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
 from stages.errors import ModelError
 from stages.selfcheck import check
@@ -44,6 +45,7 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     facts = shard.facts
     model = whole_model(read_config(spec.folder), facts.dtype)
     layer_parameters = _parameters(body_of(model).layers) / facts.model_layers
+    ratio, coded_bytes_per_s = _codec(shard, spec)
     latency_s, bytes_per_s = _loopback()
     return ProbeFacts(
         dtype=_NAMES[facts.dtype],
@@ -58,6 +60,8 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
         decode_s=_decode_s(shard, spec),
         head_s=_head_s(shard, spec),
         memory_bytes_per_s=_memory_bytes_per_s(),
+        codec_ratio=ratio,
+        codec_bytes_per_s=coded_bytes_per_s,
         loopback_latency_s=latency_s,
         loopback_bytes_per_s=bytes_per_s,
     )
@@ -96,6 +100,25 @@ def _decode_s(shard: Shard, spec: ProbeSpec) -> float:
     cache.apply(Step(0, 0, spans, grants))
     hidden = torch.randn(spec.decode_rows, shard.facts.hidden, dtype=shard.facts.dtype)
     return _median_s(lambda: shard.forward(Step(0, 0, spans), hidden, cache), spec.repeats)
+
+
+def _codec(shard: Shard, spec: ProbeSpec) -> tuple[float, float]:
+    """Ratio and bytes a second of the lossless codec on what the first layer makes of some tokens."""
+    count = spec.prefill_tokens
+    blocks = -(-count // BLOCK_TOKENS)
+    cache = shard.new_cache(blocks, BLOCK_TOKENS)
+    step = Step(0, 0, (Span(0, 0, count, samples=False),), (Grant(0, tuple(range(blocks))),))
+    cache.apply(step)
+    ids = torch.arange(count) * 7919 % shard.facts.vocab
+    if shard.is_last:  # a model of one layer: nothing is ever sent
+        return 1.0, 1e9
+    hidden = shard.forward(step, shard.embed(ids), cache).contiguous()
+    payload = hidden.view(torch.uint8).numpy().data
+    dtype, shape = _NAMES[hidden.dtype], hidden.shape
+    frame = encode(payload, dtype, shape, FAST).tobytes()
+    encode_s = _median_s(lambda: encode(payload, dtype, shape, FAST), spec.repeats)
+    decode_s = _median_s(lambda: decode(frame, max_bytes=payload.nbytes), spec.repeats)
+    return payload.nbytes / len(frame), payload.nbytes / max(encode_s, decode_s)
 
 
 def _head_s(shard: Shard, spec: ProbeSpec) -> float:

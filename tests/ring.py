@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 
 from flows.launch import Fleet, StageSettings
-from planner.plan import Pipeline, Plan, StagePlan
+from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
 from stages.config import Ring, StageSpec
 from stages.control import Answer, LeasedRow
 from stages.worker import Worker
 
 
-def plan_of(layers: int, stages: int) -> Plan:
+def plan_of(layers: int, stages: int, codec: str = "raw") -> Plan:
     """One pipeline of equal stages."""
     bounds = [layers * i // stages for i in range(stages + 1)]
     placed = tuple(StagePlan(f"n{i}", *ends) for i, ends in enumerate(pairwise(bounds)))
-    return Plan((Pipeline(placed, (), 0, 0),), 0.0, 0.0, 0.0, 0.0, "a test")
+    links = tuple(LinkPlan(here.node, there.node, codec) for here, there in pairwise(placed))
+    return Plan((Pipeline(placed, links, 0, 0),), 0.0, 0.0, 0.0, 0.0, "a test")
 
 
 def ring_settings(slots: int, slot_rows: int, row_tokens: int = 400) -> Ring:

@@ -99,6 +99,23 @@ def test_sampled_text_does_not_depend_on_the_ring(tmp_path: Path) -> None:
     assert any(drawn[i].output_ids != seen[0][i] for i in drawn), "nothing was sampled"
 
 
+def test_the_lossless_codec_changes_bytes_not_tokens(
+    family: tuple[Path, list[list[int]], list[list[int]], Model],
+) -> None:
+    folder, prompts, expected, _ = family
+    rows = [row(i, ids, NEW_TOKENS) for i, ids in enumerate(prompts)]
+    sent: dict[str, int] = {}
+    for codec in ("raw", "fast"):
+        workers: list[Worker] = []
+        plan, ring = plan_of(LAYERS, 2, codec), ring_settings(2, 16)
+        found = answers(folder, rows, plan, ring, workers.append)
+        assert [list(found[i].output_ids) for i in range(ROWS)] == expected
+        [head] = [w for w in workers if w._spec.is_head]
+        assert head._outbox is not None
+        sent[codec] = head._outbox.report().payload_bytes_sent
+    assert sent["fast"] < 0.95 * sent["raw"]
+
+
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that makes a NaN of token 200."""
