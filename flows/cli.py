@@ -1,6 +1,7 @@
 """The command line: reads what the user typed, calls one function, prints what came of it.
 
-Exit status: 0 done, 1 some rows failed or the run failed, 2 the job, its input or the usage is wrong.
+Exit status: 0 done, 1 some rows failed or the run failed, 2 the job, its input or the usage is wrong,
+130 interrupted.
 """
 
 import json
@@ -42,7 +43,8 @@ from storage.index import built_index
 from storage.store import JobStore
 from storage.verify import verify as verify_store
 
-DONE, FAILED, USAGE = 0, 1, 2
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+CONTINUES = "wagonway: finished rows are kept; the same command continues\n"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -185,13 +187,15 @@ def exit_status(arguments: Sequence[str] | None = None) -> int:
     try:
         app(arguments)
     except SystemExit as ended:  # how typer ends every command, and refuses wrong usage
-        return int(ended.code or DONE)
+        status = int(ended.code or DONE)
+        if status == INTERRUPTED:
+            sys.stderr.write(f"wagonway: interrupted\n{CONTINUES}")
+        return status
     except (JobError, InputError, FingerprintError, JobNotFoundError, QueryError) as error:
         sys.stderr.write(f"wagonway: {error}\n")
         return USAGE
     except RunError as error:
-        sys.stderr.write(f"wagonway: {error}\n")
-        sys.stderr.write("wagonway: finished rows are kept; the same command continues\n")
+        sys.stderr.write(f"wagonway: {error}\n{CONTINUES}")
         return FAILED
     except StorageError as error:
         sys.stderr.write(f"wagonway: {error}\n")

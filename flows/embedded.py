@@ -42,6 +42,7 @@ class EmbeddedServer:
                 stderr=subprocess.STDOUT,
                 pass_fds=[listener.fileno()],
                 env={**os.environ, **_server_settings(self._home)},
+                start_new_session=True,  # Ctrl-C is the parent's alone, which still needs a server
             )
 
     @property

@@ -171,7 +171,8 @@ class Fleet:
         return {s.member: s.link.heard for s in self._stations.values() if s.link and s.link.heard}
 
     def stop(self) -> None:
-        """Ask every stage to leave, and wait for it."""
+        """Ask every stage to leave, and wait for it; who has not joined yet finds the door shut."""
+        self._listener.close()
         for station in self._stations.values():
             if station.link is not None:
                 with suppress(StageError):  # it is gone already: that was the aim
@@ -186,7 +187,6 @@ class Fleet:
             if station.link is not None:
                 with suppress(StageError):  # it left first, as it should
                     station.link.close()
-        self._listener.close()
 
     def _hello(self) -> Hello:
         return Hello(

@@ -26,6 +26,7 @@ def stage(member: str, spec_path: str) -> None:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is the driver's alone, which then says Stop
         )
         with worker:
             status = worker.wait()
