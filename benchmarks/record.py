@@ -23,20 +23,30 @@ class Claim:
     unit: str
     target: float | None = None
     """At least this much."""
+    limit: float | None = None
+    """At most this much."""
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is reached; None without one."""
-        return None if self.target is None else self.measured >= self.target
+        """Whether target and limit are kept; None without either."""
+        if self.target is None and self.limit is None:
+            return None
+        enough = self.target is None or self.measured >= self.target
+        return enough and (self.limit is None or self.measured <= self.limit)
+
+    @property
+    def wanted(self) -> str:
+        """The target and the limit, for people."""
+        bounds = (("≥", self.target), ("≤", self.limit))
+        return " ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
 
 def record(name: str, claims: list[Claim]) -> None:
     """Print the claims and write benchmarks/results/<name>.json."""
     table = Table("claim", "measured", "target", "unit", "met", title=name)
     for claim in claims:
-        target = "" if claim.target is None else f"{claim.target:g}"
         met = {True: "yes", False: "NO", None: ""}[claim.met]
-        table.add_row(claim.claim, f"{claim.measured:,.4g}", target, claim.unit, met)
+        table.add_row(claim.claim, f"{claim.measured:,.4g}", claim.wanted, claim.unit, met)
     Console().print(table)
     facts = {"hardware": hardware(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     rows = [asdict(claim) | {"met": claim.met} | facts for claim in claims]
