@@ -12,7 +12,7 @@ from benchmarks.pipelines import Timed, greedy_row, timed_run, write_llama
 from benchmarks.record import Claim, record
 from stages.config import Ring
 
-ROWS, PROMPT_TOKENS, NEW_TOKENS = 192, 64, 32
+ROWS, PROMPT_TOKENS, NEW_TOKENS = 96, 32, 32
 SLOT_ROWS, SLOTS = 32, 3
 CORES = 2
 LAYERS = 8

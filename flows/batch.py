@@ -19,7 +19,7 @@ from flows.lease import Clerk, Lease, RunNames, in_order
 from flows.measure import Measured, measure
 from flows.model import open_model
 from flows.planning import SAMPLED_ROWS, make_plan, ring_of, workload
-from flows.report import shown
+from flows.report import announce, shown
 from flows.run import Run, Summary, fingerprint, prompt_source
 from planner.plan import Plan
 from stages.config import Ring
@@ -82,6 +82,7 @@ def plan_run(run: Run, measured: Measured) -> tuple[Plan, StageSettings]:
     work = workload(run.done.pending, sample, run.job, run.model)
     plan = make_plan(measured, work)
     run.planned(plan, measured)
+    announce(plan)
     [pipeline] = plan.pipelines
     ring = ring_of(pipeline, measured, run.model.context_tokens, work)
     settings = StageSettings(run.id, run.model.folder, run.job.dtype, measured.threads, ring)

@@ -169,7 +169,9 @@ def _print_table(table: pa.Table, fmt: Format) -> None:
         shown = Table(*table.column_names)
         for row in table.to_pylist():
             shown.add_row(*("" if value is None else str(value) for value in row.values()))
-        Console().print(shown)
+        console = Console()
+        # What is not read on a terminal is cut nowhere.
+        (console if console.is_terminal else Console(width=10_000)).print(shown)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

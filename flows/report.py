@@ -20,6 +20,7 @@ from prefect.exceptions import PrefectException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from planner.plan import Plan
 from storage.results import ResultRow
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,20 @@ class Tally:
             f"{self.output_tokens / self.seconds:,.0f} tokens/s, "
             f"ETA {'unknown' if left_s is None else f'{left_s:.0f} s'}"
         )
+
+
+def announce(plan: Plan) -> None:
+    """Say on the terminal, before any row runs, what the run will be and take."""
+    places = "; ".join(
+        " -> ".join(f"{s.node} {s.first_layer}-{s.end_layer}" for s in pipeline.stages)
+        + f", {pipeline.in_flight} micro-batches of {pipeline.micro_batch_rows} rows in flight"
+        for pipeline in plan.pipelines
+    )
+    Console(stderr=True, soft_wrap=True).print(
+        f"plan: layers {places}; {plan.tokens_per_s:,.0f} tokens/s, and {plan.finish_s:,.0f} s if "
+        "every row runs to its limit",
+        highlight=False,
+    )
 
 
 @contextmanager
