@@ -38,7 +38,7 @@ def capped_compute_bound(floor: Floor) -> float:
     every row crosses every layer once, and no node passes more rows than there are. The LM head
     counts as `extra` layers, the least it costs on any node, and as so many more where it is held.
     """
-    extra = _head_in_layers(floor)
+    extra = head_in_layers(floor)
     layers = floor.middle_s.shape[1]
     k = np.arange(1.0, layers + 1.0)[None, :]
     held = np.concatenate([np.broadcast_to(k, floor.middle_s.shape)] * 2, axis=1)
@@ -53,7 +53,7 @@ def capped_compute_bound(floor: Floor) -> float:
     return high
 
 
-def _head_in_layers(floor: Floor) -> float:
+def head_in_layers(floor: Floor) -> float:
     """The LM head's cost in layers, on the node where it weighs least."""
     k = np.arange(1.0, floor.middle_s.shape[1] + 1.0)[None, :]
     both = np.isfinite(floor.ending_s) & np.isfinite(floor.middle_s) & (floor.middle_s > 0)

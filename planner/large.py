@@ -20,14 +20,21 @@ from planner.ring import Found
 
 TARGETS = 40
 """Seconds per row that are tried in each cell, from its fastest stage to its slowest."""
-GROWN = 8
-"""Cells for which rings are really grown."""
+GROWTH_WORK = 30_000
+"""Growths are tried until they have visited so many nodes: many on small clusters, few on large."""
+LEAST_GROWTHS = 5
+NEAR = (2.0, 1.2, 8.0)
+"""How much dearer than the cheapest a hop may be to be chosen for its node's room."""
 SLOWER = (1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
 """Leftover nodes may form rings of so many times the target's seconds per row."""
-GROUP_NODES = 11
-"""Nodes of a group that is solved again exactly."""
-GROUP_SUBSETS = 2**14
+GROUP_NODES = 12
+"""Nodes of a group that is solved again exactly, in a cluster of at most SMALL nodes."""
+SMALL = 24
+GROUP_NODES_OF_LARGE = 8
+GROUP_SUBSETS = 2**12
 """Subsets that all groups together may have: what bounds the time that repairs take."""
+REPAIRS = 3
+"""Times that all groups are gone through, while that helps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +44,33 @@ class _Aim:
     cell: Cell
     row_s: float
     promise: float
+    near: float
 
 
 def solve_large(given: Problem, start: list[Found] | None = None) -> list[Found]:
     """Disjoint rings of a high total rate; never below `start`'s, where one is given."""
     tried = cells(given.work)
     best = list(start or [])
-    for aim in _aims(given, tried):
-        rings = _grow_all(given, aim)
+    growths = max(LEAST_GROWTHS, GROWTH_WORK // len(given.nodes) ** 2)
+    known: dict[Cell, CellCosts] = {}
+    for aim in _aims(given, tried)[:growths]:
+        if aim.cell not in known:
+            # Costs of large clusters are large: only the last cell's are kept there.
+            known = (
+                {**known, aim.cell: cell_costs(given, aim.cell)}
+                if growths > 50
+                else {aim.cell: cell_costs(given, aim.cell)}
+            )
+        rings = _grow_all(known[aim.cell], aim)
         if _rate(rings) > _rate(best):
             best = rings
     best = [_best_cell(given, tried, ring) for ring in best]
-    return _regroup(given, tried, best)
+    for _ in range(REPAIRS):
+        before = _rate(best)
+        best = _regroup(given, tried, best)
+        if _rate(best) <= before * (1 + 1e-9):
+            break
+    return best
 
 
 def _rate(rings: list[Found]) -> float:
@@ -56,15 +78,11 @@ def _rate(rings: list[Found]) -> float:
 
 
 def _aims(given: Problem, tried: tuple[Cell, ...]) -> list[_Aim]:
-    """The most promising target of each cell, the best cells first."""
+    """Targets of all cells and ways to choose neighbours, the most promising first."""
     reach = _reach(given.net)
-    best: list[_Aim] = []
-    for cell in tried:
-        aim = _best_target(given, cell, reach)
-        if aim:
-            best.append(aim)
-    best.sort(key=lambda aim: -aim.promise)
-    return best[:GROWN]
+    aims = [aim for cell in tried for aim in _targets(given, cell, reach)]
+    aims.sort(key=lambda aim: -aim.promise)
+    return aims
 
 
 def _reach(net: Network) -> tuple[Floats, Floats]:
@@ -76,24 +94,28 @@ def _reach(net: Network) -> tuple[Floats, Floats]:
     return rate, np.where(open_links, net.latency_s, np.inf).min(axis=1)
 
 
-def _best_target(given: Problem, cell: Cell, reach: tuple[Floats, Floats]) -> _Aim | None:
+def _targets(given: Problem, cell: Cell, reach: tuple[Floats, Floats]) -> list[_Aim]:
+    """A cell's best target, and those beside it."""
     table = stage_table(given.nodes, given.model, given.work, cell, Role.MIDDLE).busy_s
     finite = table[np.isfinite(table)]
     if not len(finite):
-        return None
+        return []
     out = [
         forward_link(reach[1], reach[0], codec, given.model, given.work, cell)
         for _, codec in codec_options(given.work)
     ]
     occupied = np.min([cost.occupied_s for cost in out], axis=0)
     hop = np.min([cost.hop_s for cost in out], axis=0)
-    whole = np.isfinite(table[:, -1])
-    aims = [
-        _Aim(cell, float(t), _promise(given, cell, table, (occupied, hop, whole), float(t)))
-        for t in np.geomspace(finite.min(), finite.max(), TARGETS)
+    links = (occupied, hop, np.isfinite(table[:, -1]))
+    targets = np.geomspace(finite.min(), finite.max(), TARGETS)
+    promises = [_promise(given, cell, table, links, float(t)) for t in targets]
+    best = int(np.argmax(promises))
+    return [
+        _Aim(cell, float(targets[i]), promises[i], near)
+        for i in range(max(best - 2, 0), min(best + 4, TARGETS))
+        for near in NEAR
+        if promises[i] > 0
     ]
-    best = max(aims, key=lambda aim: aim.promise)
-    return best if best.promise > 0 else None
 
 
 def _promise(
@@ -113,17 +135,16 @@ def _promise(
     return float(rings / max(row_s, life / cell.rows))
 
 
-def _grow_all(given: Problem, aim: _Aim) -> list[Found]:
+def _grow_all(costs: CellCosts, aim: _Aim) -> list[Found]:
     """Rings at the target, then slower ones from the nodes that are left."""
-    costs = cell_costs(given, aim.cell)
-    free = np.ones(len(given.nodes), dtype=bool)
+    free = np.ones(costs.links.return_hop_s.shape[0], dtype=bool)
     rings: list[Found] = []
     for slower in SLOWER:
-        rings.extend(_grow(costs, free, aim.row_s * slower))
+        rings.extend(_grow(costs, free, aim.row_s * slower, aim.near))
     return rings
 
 
-def _grow(costs: CellCosts, free: Bools, row_s: float) -> list[Found]:
+def _grow(costs: CellCosts, free: Bools, row_s: float, near: float) -> list[Found]:
     """Rings within `row_s`, as many as can be grown; takes their nodes out of `free`."""
     held = {role: (t.busy_s <= row_s).sum(axis=1) for role, t in costs.stages.items()}
     hops = np.where(costs.links.occupied_s <= row_s, costs.links.hop_s, np.inf).min(axis=0)
@@ -133,7 +154,7 @@ def _grow(costs: CellCosts, free: Bools, row_s: float) -> list[Found]:
     for seed in np.argsort(-held[Role.MIDDLE], kind="stable"):
         if not free[seed] or not held[Role.MIDDLE][seed]:
             continue
-        order = _grow_one(costs, free, int(seed), held, hops)
+        order = _grow_one(costs, free, int(seed), held, (hops, near))
         split = best_split(costs.ring(order)) if order else None
         if order and split and split.row_s <= row_s * 1.2:
             rings.append(Found(costs.cell, order, split))
@@ -146,19 +167,20 @@ def _grow_one(
     free: Bools,
     seed: int,
     held: dict[Role, Ints],
-    hops: Floats,
+    choice: tuple[Floats, float],
 ) -> tuple[int, ...] | None:
     """From the seed along the cheapest hops until all layers are held; None where it gets stuck."""
     layers = costs.stages[Role.MIDDLE].busy_s.shape[1]
     if held[Role.FIRST | Role.LAST][seed] >= layers:
         return (seed,)
+    hops, dearer = choice
     middle, last = held[Role.MIDDLE], held[Role.LAST]
     order, left = [seed], layers - int(held[Role.FIRST][seed])
     open_nodes = free & (middle > 0)
     open_nodes[seed] = False
     while len(order) < layers:
         way = np.where(open_nodes, hops[order[-1]], np.inf)
-        near = way <= way.min() * 2.0
+        near = way <= way.min() * dearer
         if not np.isfinite(way.min()):
             return None
         closing = np.nonzero(near & (last >= left))[0]
@@ -201,15 +223,16 @@ def _neighbours(tried: tuple[Cell, ...], cell: Cell) -> list[Cell]:
 
 def _regroup(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> list[Found]:
     """Solve small groups again exactly: each ring with what is idle or rings near it."""
-    left = GROUP_SUBSETS
+    left, most = GROUP_SUBSETS, _most_in_group(given)
     for seed in range(len(rings)):
         if seed >= len(rings):
             break
         group, nodes = _group(given, rings, seed)
-        if len(nodes) < 2 or len(nodes) > GROUP_NODES or left < 2 ** len(nodes):
+        if len(nodes) < 2 or len(nodes) > most or left < 2 ** len(nodes):
             continue
         left -= 2 ** len(nodes)
-        near = {rings[i].cell for i in group} | set(_neighbours(tried, rings[seed].cell))
+        near = {rings[i].cell for i in group}
+        near.update(cell for i in group for cell in _neighbours(tried, rings[i].cell))
         again = solve_exactly(among(given, nodes), tuple(sorted(near, key=lambda c: c.rows)))
         if _rate(again) > _rate([rings[i] for i in group]) * (1 + 1e-9):
             kept = [ring for i, ring in enumerate(rings) if i not in group]
@@ -229,8 +252,12 @@ def _group(given: Problem, rings: list[Found], seed: int) -> tuple[set[int], tup
     parts.sort(key=lambda part: float(given.net.latency_s[np.ix_(home, list(part[1]))].min()))
     group, nodes = {seed}, list(home)
     for ring_number, members in parts:
-        if len(nodes) + len(members) <= GROUP_NODES:
+        if len(nodes) + len(members) <= _most_in_group(given):
             nodes.extend(members)
             if ring_number is not None:
                 group.add(ring_number)
     return group, tuple(nodes)
+
+
+def _most_in_group(given: Problem) -> int:
+    return GROUP_NODES if len(given.nodes) <= SMALL else GROUP_NODES_OF_LARGE

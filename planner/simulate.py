@@ -15,6 +15,7 @@ import numpy as np
 from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES
 from planner.facts import Cluster, CodecRate, Lengths, ModelShape, Workload
 from planner.layer_times import head_s, step_layer_s
+from planner.lengths import spread
 from planner.plan import Pipeline, Plan
 from planner.problem import Problem, load_s, problem
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
@@ -80,9 +81,7 @@ def sample_rows(work: Workload, seed: int) -> list[Row]:
 
 def _lengths(pick: np.random.Generator, lengths: Lengths, count: int) -> Iterator[float]:
     """Lognormal with the mean and, if it can have it, the 95th percentile; at least 1."""
-    log_ratio = float(np.log(max(lengths.p95 / lengths.mean, 1.0)))
-    # ln(p95 / mean) = 1.645 sigma - sigma^2 / 2, which is at most 1.353.
-    sigma = 1.645 - float(np.sqrt(max(1.645**2 - 2.0 * log_ratio, 0.0)))
+    sigma = spread(lengths)
     drawn = pick.lognormal(np.log(lengths.mean) - sigma**2 / 2.0, sigma, count)
     return iter(np.maximum(np.rint(drawn), 1.0))
 

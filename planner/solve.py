@@ -11,7 +11,9 @@ from planner.facts import Cluster, ModelShape, Workload
 from planner.grid import cells
 from planner.infeasible import why_in_order, why_none
 from planner.large import solve_large
+from planner.lengths import longest_tokens
 from planner.plan import Plan
+from planner.priced_bound import priced_bound
 from planner.problem import (
     Problem,
     among,
@@ -31,7 +33,8 @@ def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
     """The plan of most rows per second: pipelines, their nodes and order, layers and settings.
 
     Exact over the grid of settings for up to EXACT_NODES nodes; above, grown and repaired, with
-    the bound to say how far from the optimum it may be. Nodes may be left out.
+    the bound to say how far from the optimum it may be. Nodes may be left out. Of its pipelines
+    those are dropped that a job of so few rows would only wait for.
 
     Raises:
         InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
@@ -43,8 +46,9 @@ def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
     if not rings:
         raise why_none(given, tried)
     rate = sum(ring.rows_per_s for ring in rings)
-    bound = rate if exact else compute_bound(given, tried)
-    return plan_of(given, [_settled(given, tried, ring) for ring in rings], bound)
+    bound = rate if exact else min(compute_bound(given, tried), priced_bound(given, tried))
+    settled = [_settled(given, tried, ring) for ring in rings]
+    return plan_of(given, first_done(given, settled), bound)
 
 
 def solve_in_order(
@@ -75,7 +79,7 @@ def solve_in_order(
             found.append(Found(cell, order, split))
     if not found:
         raise why_in_order(given, tried)
-    return plan_of(given, [_first_done(given, found)], compute_bound(given, tried))
+    return plan_of(given, [_calmest(given, found)], compute_bound(given, tried))
 
 
 def compute_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
@@ -103,7 +107,7 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
         pipelines=tuple(pipelines),
         rows_per_s=rows_per_s,
         tokens_per_s=rows_per_s * tokens,
-        finish_s=max(finish_s(given, ring, ring.rows_per_s / rows_per_s) for ring in rings),
+        finish_s=finish_s(given, rings),
         # Bisection ends a rounding error away from an optimum that a plan may attain.
         bound_tokens_per_s=max(bound_rows_per_s, rows_per_s) * tokens,
         binding="; ".join(words),
@@ -111,8 +115,33 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
     )
 
 
-def finish_s(given: Problem, ring: Found, share: float = 1.0) -> float:
-    """Seconds for a ring's share of the rows: load, one pass to fill it, the rows, and the tail.
+def finish_s(given: Problem, rings: list[Found]) -> float:
+    """Seconds until rings that share the rows have answered them all.
+
+    Each ring gives its rate from the end of its overhead on; none is done before one row's life.
+    """
+    overheads = [_overhead_s(given, ring) for ring in rings]
+    low, high = 0.0, max(overheads) + given.work.rows * min(r.split.row_s for r in rings)
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        done = sum(
+            max(middle - overhead, 0.0) * ring.rows_per_s
+            for overhead, ring in zip(overheads, rings, strict=True)
+        )
+        low, high = (middle, high) if done < given.work.rows else (low, middle)
+    lives = (o + _last_life_s(given, ring) for o, ring in zip(overheads, rings, strict=True))
+    return max(high, *lives)
+
+
+def _last_life_s(given: Problem, ring: Found) -> float:
+    """The longest row's life, in a ring that few rows may not fill: it may meet the slowest ring."""
+    filled = min(given.work.rows / ring.cell.rows, 1.0)
+    longest = longest_tokens(given.work.output_tokens, given.work.rows)
+    return ring.split.life_s * filled * longest / given.work.output_tokens.mean
+
+
+def _overhead_s(given: Problem, ring: Found) -> float:
+    """Load, one pass to fill the ring, and the tail.
 
     In the tail the longest rows (95th percentile) go on while the ring empties.
     """
@@ -122,12 +151,22 @@ def finish_s(given: Problem, ring: Found, share: float = 1.0) -> float:
     one_pass = pass_s(given, ring.cell, ring.split.life_s)
     longer = max(work.output_tokens.p95 - work.output_tokens.mean, 0.0)
     tail = longer / tokens_per_round(work.acceptance, ring.cell.draft_len) * one_pass
-    return load_s(given, pipeline) + one_pass + work.rows * share * ring.split.row_s + tail
+    return load_s(given, pipeline) + one_pass + tail
 
 
-def _first_done(given: Problem, found: list[Found]) -> Found:
+def first_done(given: Problem, rings: list[Found]) -> list[Found]:
+    """The rings without those that a job would only wait for at its end."""
+    ends = {ring: _overhead_s(given, ring) + _last_life_s(given, ring) for ring in rings}
+    kept = sorted(rings, key=lambda ring: ends[ring])
+    best = finish_s(given, kept)
+    while len(kept) > 1 and (shorter := finish_s(given, kept[:-1])) < best:
+        kept, best = kept[:-1], shorter
+    return kept
+
+
+def _calmest(given: Problem, found: list[Found]) -> Found:
     """Of the settings that finish first, the calmest."""
-    times = [finish_s(given, ring) for ring in found]
+    times = [finish_s(given, [ring]) for ring in found]
     limit = min(times) * (1.0 + SAME)
     return min((f for f, t in zip(found, times, strict=True) if t <= limit), key=_unrest)
 

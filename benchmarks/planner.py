@@ -1,0 +1,131 @@
+"""How fast and how good the planner is: exact, grown, certified, replanned.
+
+    python -m benchmarks.planner [--clusters N]
+
+Seconds are CPU seconds of this process (one thread), so that a busy machine does not count.
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import TypeVar
+
+from benchmarks.planner_clusters import MODEL_40, MODEL_80, MODEL_126, WORK, random_cluster
+from benchmarks.record import Claim, record
+from planner.exact import solve_exactly
+from planner.facts import Cluster, ModelShape
+from planner.large import solve_large
+from planner.problem import problem
+from planner.replan import replan
+from planner.ring import Found
+from planner.solve import solve
+
+T = TypeVar("T")
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """The result, and CPU seconds."""
+    start = time.process_time()
+    result = work()
+    return result, time.process_time() - start
+
+
+def rate(rings: list[Found]) -> float:
+    """Rows per second of all rings."""
+    return sum(ring.rows_per_s for ring in rings)
+
+
+def small(clusters: int) -> list[Claim]:
+    """Exact and grown on 12 nodes, two models."""
+    exact_s, grown_s, of_exact = [], [], []
+    for seed in range(clusters):
+        for model in (MODEL_80, MODEL_40):
+            given = problem(random_cluster(seed, 12, 3), model, WORK)
+            exact, seconds = timed(lambda given=given: solve_exactly(given))  # type: ignore[misc]
+            grown, grown_seconds = timed(lambda given=given: solve_large(given))  # type: ignore[misc]
+            exact_s.append(seconds)
+            grown_s.append(grown_seconds)
+            of_exact.append(rate(grown) / rate(exact))
+    count = f"{len(exact_s)} clusters of 12 nodes, 40 and 80 layers"
+    return [
+        Claim(
+            f"{count}: exact solver, median; 2 s over this is the target",
+            2.0 / median(exact_s),
+            "x",
+            1.0,
+        ),
+        Claim(
+            f"{count}: exact solver, slowest; 10 s over this is the target",
+            10.0 / max(exact_s),
+            "x",
+            1.0,
+        ),
+        Claim(f"{count}: exact solver, median", median(exact_s), "s"),
+        Claim(f"{count}: large method over exact, median", median(of_exact), "ratio", 0.99),
+        Claim(f"{count}: large method over exact, worst", min(of_exact), "ratio", 0.99),
+        Claim(f"{count}: large method, median", median(grown_s), "s"),
+    ]
+
+
+def hundred(clusters: int) -> list[Claim]:
+    """The certified gap on 100 nodes in 8 regions."""
+    gaps, seconds = [], []
+    for seed in range(clusters):
+        cluster = random_cluster(1000 + seed, 100, 8)
+        plan, took = timed(lambda cluster=cluster: solve(cluster, MODEL_80, WORK))  # type: ignore[misc]
+        gaps.append(plan.gap)
+        seconds.append(took)
+    count = f"{clusters} clusters of 100 nodes, 80 layers"
+    return [
+        Claim(f"{count}: 1 - certified gap, median", 1 - median(gaps), "fraction", 0.9),
+        Claim(f"{count}: 1 - certified gap, worst", 1 - max(gaps), "fraction"),
+        Claim(f"{count}: solve, median", median(seconds), "s"),
+    ]
+
+
+def thousand() -> list[Claim]:
+    """1,000 nodes, 126 layers, all cells."""
+    cluster = random_cluster(7, 1000, 80)
+    plan, took = timed(lambda: solve(cluster, MODEL_126, WORK))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    name = "1,000 nodes, 126 layers, full grid"
+    return [
+        Claim(f"{name}: 10 s over the solver's time", 10.0 / took, "x", 1.0),
+        Claim(f"{name}: solver", took, "s"),
+        Claim(f"{name}: 1 GB over the peak memory", 1.0 / memory, "x", 1.0),
+        Claim(f"{name}: 1 - certified gap", 1 - plan.gap, "fraction"),
+    ]
+
+
+def leaving() -> list[Claim]:
+    """Replanning after one node of a pipeline left, 12 and 100 nodes."""
+    claims = []
+    for nodes, model in ((12, MODEL_80), (100, MODEL_80)):
+        claims.append(_leaving(random_cluster(3, nodes, max(3, nodes // 12)), model))
+    return claims
+
+
+def _leaving(cluster: Cluster, model: ModelShape) -> Claim:
+    plan = solve(cluster, model, WORK)
+    gone = plan.pipelines[0].stages[0].node
+    left = replace(cluster, nodes=tuple(n for n in cluster.nodes if n.name != gone))
+    _, took = timed(lambda: replan(plan, left, model, WORK))
+    name = f"{len(cluster.nodes)} nodes: 1 s over the time to replan after one left"
+    return Claim(name, 1.0 / took, "x", 1.0)
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clusters", type=int, default=50, help="of 100 nodes; a tenth of 12")
+    clusters = parser.parse_args().clusters
+    # Memory first: the peak of the process is the peak of this case only while it is the first.
+    claims = thousand() + small(max(clusters // 5, 1)) + hundred(clusters) + leaving()
+    record("planner", claims)
+
+
+if __name__ == "__main__":
+    main()
