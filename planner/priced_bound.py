@@ -122,6 +122,7 @@ def _cell_facts(given: Problem, cell: Cell) -> _CellFacts:
     other = ~np.eye(len(nodes), dtype=bool)
     usable = other & (given.net.bytes_per_s > 0)
     latency = np.where(usable, given.net.latency_s, np.inf).min(axis=1, initial=np.inf)
+    latency = np.where(np.isfinite(latency), latency, 0.0)
     rate = np.where(usable, given.net.bytes_per_s, 0.0)
     widest = np.maximum(rate.max(axis=1, initial=0.0), rate.max(axis=0, initial=0.0))
     costs = [
