@@ -1,6 +1,6 @@
 """A plan: all pipelines and their settings, what it will cost, and how sure that is."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +59,28 @@ class Plan:
     def gap(self) -> float:
         """How far from the optimum the plan may be at most, as a fraction of the bound."""
         return 1.0 - self.tokens_per_s / self.bound_tokens_per_s if self.bound_tokens_per_s else 0.0
+
+
+def as_mapping(plan: Plan) -> dict[str, object]:
+    """The plan as JSON shows it; a link's ends are its `from` and `to`."""
+    return {
+        "pipelines": [
+            {
+                "stages": [asdict(stage) for stage in pipeline.stages],
+                "links": [
+                    {"from": link.source, "to": link.target, "codec": link.codec}
+                    for link in pipeline.links
+                ],
+                "micro_batch_rows": pipeline.micro_batch_rows,
+                "in_flight": pipeline.in_flight,
+                "draft_len": pipeline.draft_len,
+            }
+            for pipeline in plan.pipelines
+        ],
+        "rows_per_s": plan.rows_per_s,
+        "tokens_per_s": plan.tokens_per_s,
+        "finish_s": plan.finish_s,
+        "bound_tokens_per_s": plan.bound_tokens_per_s,
+        "gap": plan.gap,
+        "binding": plan.binding,
+    }

@@ -1,6 +1,7 @@
 """The imagined cluster: read as written, refused by place, and advice from planning again."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from planner.advice import advise
 from planner.explain import explain
 from planner.facts import InfeasibleError
+from planner.plan import as_mapping
 from planner.solve import solve
 from planner.what_if import WhatIfError, what_if
 
@@ -101,6 +103,25 @@ def test_advice_is_what_planning_again_gives() -> None:
     assert advice[0].tokens_per_s >= plan.tokens_per_s
     assert {a.change for a in advice} >= {"one more node like a"}
     assert str(advice[0]) in explain(plan, advice)
+
+
+def test_plan_as_json_has_every_setting_under_its_documented_name() -> None:
+    imagined = what_if(mapping())
+    assert imagined.model is not None
+    assert imagined.workload is not None
+    shown = json.loads(
+        json.dumps(as_mapping(solve(imagined.cluster, imagined.model, imagined.workload)))
+    )
+    assert list(shown) == [
+        "pipelines", "rows_per_s", "tokens_per_s", "finish_s", "bound_tokens_per_s", "gap",
+        "binding",
+    ]  # fmt: skip
+    ring = shown["pipelines"][0]
+    assert set(ring) == {"stages", "links", "micro_batch_rows", "in_flight", "draft_len"}
+    assert set(ring["stages"][0]) == {
+        "node", "first_layer", "end_layer", "weights_offloaded", "kv_offloaded",
+    }  # fmt: skip
+    assert all(set(link) == {"from", "to", "codec"} for link in ring["links"])
 
 
 def test_impossible_facts_are_the_planners_to_refuse() -> None:
