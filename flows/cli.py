@@ -37,7 +37,9 @@ from storage.errors import (
     JobNotFoundError,
     QueryError,
     StorageError,
+    StoreError,
 )
+from storage.files import files_at
 from storage.formats import read_rows
 from storage.index import built_index
 from storage.store import JobStore
@@ -75,6 +77,7 @@ def run(
 ) -> None:
     """Answer every row of a job; safe to repeat: finished rows are not computed again."""
     job = load_job(job_file)
+    _require_lasting(store)
     with control_plane():
         summary = run_batch(job, store, stages)
     if as_json:
@@ -148,6 +151,16 @@ def verify(job: JobName, store: Store = "store", as_json: AsJson = False) -> Non
         lines = found.problems() or [f"{found.rows:,} rows, each with one result; all parts whole"]
         sys.stdout.write("\n".join(lines) + "\n")
     raise typer.Exit(DONE if found.complete else FAILED)
+
+
+def _require_lasting(store: str) -> None:
+    """JobError for a store that cannot be opened, or that would be gone with this process."""
+    if store.startswith("memory:"):
+        raise JobError(f"{store}: would be gone when this command ends; name a folder or a bucket")
+    try:
+        files_at(store)
+    except StoreError as error:
+        raise JobError(str(error)) from error
 
 
 def _job_name(job: str) -> str:

@@ -10,6 +10,7 @@ from flows.job import Job
 from stages.errors import ModelError
 from stages.prompt import PromptEncoder
 
+_MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 _PIECE_BYTES = 2**20
 _PIECE_EVERY_BYTES = 64 * 2**20
 """A digest reads one piece of each so many: any training changes nearly every weight."""
@@ -39,6 +40,7 @@ def open_model(job: Job) -> ModelFolder:
             f"found {pickles[0]}; convert it: pickle is never loaded" if pickles else "none found"
         )
         raise JobError(f"{folder}: weights must be safetensors ({found})")
+    _require_whole(folder, weights)
     try:
         encoder = PromptEncoder.load(folder, job.prompts.special_tokens)
     except ModelError as error:
@@ -58,6 +60,42 @@ def _context_tokens(folder: Path) -> int:
     if not isinstance(tokens, int) or tokens < 1:
         raise JobError(f"{path}: max_position_embeddings is {tokens!r}")
     return tokens
+
+
+def _require_whole(folder: Path, weights: list[Path]) -> None:
+    """JobError for a weight file that is missing or cut short: a stage would find it too late."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            missing = [name for name in named if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise JobError(f"{index}: is no index of safetensors files: {error!r}") from error
+        if missing:
+            raise JobError(f"{folder / missing[0]}: is missing; {index.name} names it")
+    for path in weights:
+        try:
+            claimed = _claimed_bytes(path)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise JobError(f"{path}: is no safetensors file: {error!r}") from error
+        if claimed != path.stat().st_size:
+            raise JobError(
+                f"{path}: holds {path.stat().st_size} bytes, its header promises {claimed}; "
+                "fetch it again"
+            )
+
+
+def _claimed_bytes(path: Path) -> int:
+    """The size that a safetensors file's own header gives it; ValueError and the like if torn."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {header_bytes} bytes")
+        header = json.loads(file.read(header_bytes))
+    ends: list[int] = [
+        part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"
+    ]
+    return 8 + header_bytes + max(ends, default=0)
 
 
 def _digest(folder: Path, weights: list[Path]) -> str:
