@@ -1,8 +1,8 @@
 """From a running plan and a changed cluster to the next plan, and whether changing pays.
 
 Pipelines that the change leaves alone keep running. The others' nodes, and those that came, form new
-rings; a plan made from nothing replaces it all if it finishes the remaining rows sooner, with the
-layers it must load and the keys and values it must compute again counted.
+rings; on few nodes a plan made from nothing replaces it all if it ends the rows sooner, with the layers
+that it must load and the keys and values it must compute again counted.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from planner.plan import Pipeline, Plan, StagePlan
 from planner.problem import Problem, among, cell_of, judged, order_of, problem
 from planner.ring import Found
 from planner.solve import compute_bound, plan_of
+
+FRESH_NODES = 8
+"""Up to so many nodes a plan from nothing is made too: it takes a fraction of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,11 @@ def replan(running: Plan, cluster: Cluster, model: ModelShape, remaining: Worklo
     tried = cells(remaining)
     alive = _alive(given, running)
     patched = alive + _rings_of_the_rest(given, alive)
-    options = [_change(given, running, rings) for rings in (alive, patched) if rings]
-    if not options or len(given.nodes) <= EXACT_NODES:
+    bound = compute_bound(given, tried)
+    options = [_change(given, running, rings, bound) for rings in (alive, patched) if rings]
+    if not options or len(given.nodes) <= FRESH_NODES:
         fresh = solve_exactly(given) if len(given.nodes) <= EXACT_NODES else solve_large(given)
-        options.extend([_change(given, running, fresh)] if fresh else [])
+        options.extend([_change(given, running, fresh, bound)] if fresh else [])
     if not options:
         raise why_none(given, tried)
     return min(options, key=lambda change: change.finish_s)
@@ -81,8 +85,8 @@ def _rings_of_the_rest(given: Problem, alive: list[Found]) -> list[Found]:
     return [Found(r.cell, tuple(rest[i] for i in r.order), r.split) for r in rings]
 
 
-def _change(given: Problem, running: Plan, rings: list[Found]) -> Change:
-    plan = plan_of(given, rings, compute_bound(given, cells(given.work)))
+def _change(given: Problem, running: Plan, rings: list[Found], bound_rows_per_s: float) -> Change:
+    plan = plan_of(given, rings, bound_rows_per_s)
     load = {
         stage.node: new
         for pipeline in plan.pipelines

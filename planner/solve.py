@@ -118,19 +118,19 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
 def finish_s(given: Problem, rings: list[Found]) -> float:
     """Seconds until rings that share the rows have answered them all.
 
-    Each ring gives its rate from the end of its overhead on; none is done before one row's life.
+    Each ring gives its rate from the end of its overhead on; none is done before its longest row.
     """
-    overheads = [_overhead_s(given, ring) for ring in rings]
-    low, high = 0.0, max(overheads) + given.work.rows * min(r.split.row_s for r in rings)
+    return _finish_s(given, [(ring, _overhead_s(given, ring)) for ring in rings])
+
+
+def _finish_s(given: Problem, rings: list[tuple[Found, float]]) -> float:
+    rows = given.work.rows
+    low, high = 0.0, max(o for _, o in rings) + rows * min(r.split.row_s for r, _ in rings)
     for _ in range(60):
         middle = (low + high) / 2.0
-        done = sum(
-            max(middle - overhead, 0.0) * ring.rows_per_s
-            for overhead, ring in zip(overheads, rings, strict=True)
-        )
-        low, high = (middle, high) if done < given.work.rows else (low, middle)
-    lives = (o + _last_life_s(given, ring) for o, ring in zip(overheads, rings, strict=True))
-    return max(high, *lives)
+        done = sum(max(middle - overhead, 0.0) * ring.rows_per_s for ring, overhead in rings)
+        low, high = (middle, high) if done < rows else (low, middle)
+    return max(high, *(overhead + _last_life_s(given, ring) for ring, overhead in rings))
 
 
 def _last_life_s(given: Problem, ring: Found) -> float:
@@ -156,12 +156,12 @@ def _overhead_s(given: Problem, ring: Found) -> float:
 
 def first_done(given: Problem, rings: list[Found]) -> list[Found]:
     """The rings without those that a job would only wait for at its end."""
-    ends = {ring: _overhead_s(given, ring) + _last_life_s(given, ring) for ring in rings}
-    kept = sorted(rings, key=lambda ring: ends[ring])
-    best = finish_s(given, kept)
-    while len(kept) > 1 and (shorter := finish_s(given, kept[:-1])) < best:
+    kept = [(ring, _overhead_s(given, ring)) for ring in rings]
+    kept.sort(key=lambda one: one[1] + _last_life_s(given, one[0]))
+    best = _finish_s(given, kept)
+    while len(kept) > 1 and (shorter := _finish_s(given, kept[:-1])) < best:
         kept, best = kept[:-1], shorter
-    return kept
+    return [ring for ring, _ in kept]
 
 
 def _calmest(given: Problem, found: list[Found]) -> Found:
@@ -172,10 +172,13 @@ def _calmest(given: Problem, found: list[Found]) -> Found:
 
 
 def _settled(given: Problem, tried: tuple[Cell, ...], ring: Found) -> Found:
-    """The same ring in the calmest of the cells that are as fast."""
+    """The same ring in the calmest of the cells that are as fast and differ in one setting."""
     own, place = among(given, ring.order), tuple(range(len(ring.order)))
-    close = [ring]
+    close, now = [ring], ring.cell
     for cell in tried:
+        same_batch = cell.micro_batch_rows == now.micro_batch_rows
+        if cell.draft_len != now.draft_len or not (same_batch or cell.in_flight == now.in_flight):
+            continue
         split = best_split(cell_costs(own, cell).ring(place))
         if split and split.row_s <= ring.split.row_s * (1.0 + SAME):
             close.append(replace(ring, cell=cell, split=split))
