@@ -7,6 +7,7 @@ import pytest
 
 from planner.facts import Cluster, CodecRate, LayerTimes, Lengths, Link, ModelShape, Node, Workload
 from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
+from planner.rehearse import candidates, rehearsed
 from planner.simulate import Row, sample_rows, simulate
 from planner.solve import solve, solve_in_order
 
@@ -106,6 +107,15 @@ def test_parked_kv_and_streamed_weights_take_their_time() -> None:
     # 12 layers of 0.4 GB at 10 GB/s: no step is shorter than 0.48 s.
     assert slow.finish_s >= slow.steps * 0.48
     assert slow.finish_s > fast.finish_s
+
+
+def test_rehearsal_picks_a_plan_that_no_other_candidate_beats() -> None:
+    work = replace(WORK, rows=200, output_tokens=Lengths(32, 90))
+    facts = cluster(1, 3, 2)
+    best = simulate(rehearsed(facts, MODEL, work, seed=5), facts, MODEL, work, seed=5)
+    others = [simulate(plan, facts, MODEL, work, seed=5) for plan in candidates(facts, MODEL, work)]
+    assert len(others) > 3
+    assert best.finish_s == min(run.finish_s for run in others)
 
 
 def test_link_names_are_those_of_the_plan() -> None:
