@@ -1,5 +1,6 @@
 """From a job and measured nodes to a plan, and from a plan to the settings of its ring."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
@@ -27,7 +28,8 @@ KV_SHARE = 0.8
 
 
 def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolder) -> Workload:
-    """What is to do, from a sample of the rows; outputs are assumed to run to their limits."""
+    """What is to do, from a sample of the rows; outputs are assumed to run to their limits,
+    which the context may set."""
     prompts: list[int] = []
     outputs: list[int] = []
     for row in sample:
@@ -40,9 +42,13 @@ def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolde
             )
         except PromptError:
             continue  # it will be its row's error; a length it has none
+        room = model.context_tokens - len(ids)
+        if room < 0:
+            continue  # so will this
         prompts.append(len(ids))
         asked = row.sampling.get("max_new_tokens", job.sampling.max_new_tokens)
-        outputs.append(int(asked) if isinstance(asked, int | float) else Sampling().max_new_tokens)
+        quota = int(asked) if isinstance(asked, int | float) else Sampling().max_new_tokens
+        outputs.append(min(max(0, quota), room))
     return Workload(rows, _lengths(prompts), _lengths(outputs))
 
 
@@ -74,7 +80,7 @@ def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: W
     return Ring(
         slots=pipeline.in_flight,
         slot_rows=pipeline.micro_batch_rows,
-        blocks=max(1, int(min(wanted, room)) // BLOCK_TOKENS),
+        blocks=max(1, min(math.ceil(wanted / BLOCK_TOKENS), int(room) // BLOCK_TOKENS)),
         block_tokens=BLOCK_TOKENS,
         step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
     )
