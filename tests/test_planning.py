@@ -1,0 +1,59 @@
+"""What a plan is made from, and what its ring is told: lengths that can occur, room for every row."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.job import Job
+from flows.measure import Measured
+from flows.model import ModelFolder, open_model
+from flows.planning import ring_of, workload
+from planner.facts import Cluster, CodecRate, Lengths, ModelShape, Node, Workload
+from planner.plan import Pipeline, StagePlan
+from storage.prompts import PromptRow
+from tests.conftest import TINY_CONTEXT
+
+
+@pytest.fixture
+def job(tiny_model: Path) -> Job:
+    document = {"name": "a", "model": str(tiny_model), "prompts": {"uri": "none"}}
+    return Job.model_validate_json(json.dumps(document))
+
+
+@pytest.fixture
+def model(job: Job) -> ModelFolder:
+    return open_model(job)
+
+
+def asking(prompt: str, **sampling: int | float | list[str]) -> PromptRow:
+    return PromptRow(0, "a", "hash", prompt, None, sampling, "prefix", len(prompt))
+
+
+@pytest.mark.parametrize("asked", [TINY_CONTEXT, 10**6, 1e300])
+def test_an_answer_is_expected_to_end_with_the_context(
+    job: Job, model: ModelFolder, asked: float
+) -> None:
+    work = workload(1, [asking("p" * 60, max_new_tokens=asked)], job, model)
+    assert work.output_tokens.p95 == TINY_CONTEXT - 60
+
+
+@pytest.mark.parametrize("prompt", ["", "p" * (TINY_CONTEXT + 1)])
+def test_a_prompt_that_will_be_its_rows_error_counts_for_nothing(
+    job: Job, model: ModelFolder, prompt: str
+) -> None:
+    work = workload(2, [asking("ten tokens"), asking(prompt)], job, model)
+    assert work.prompt_tokens.mean == 10
+
+
+def test_a_ring_of_one_row_holds_the_whole_context() -> None:
+    node = Node(name="n", flop_per_s=1e9, memory_bytes=1e9, memory_bytes_per_s=1e9)
+    shape = ModelShape(
+        layers=2, hidden=8, layer_bytes=100, kv_bytes_per_token_layer=8.0,
+        activation_value_bytes=4, embedding_bytes=100, head_bytes=100, flop_per_token_layer=100.0,
+    )  # fmt: skip
+    measured = Measured(Cluster((node,)), shape, CodecRate(1.5, 1e9), 1, ())
+    pipeline = Pipeline((StagePlan("n", 0, 2),), (), 1, 1)
+    work = Workload(1, Lengths(50.0, 50.0), Lengths(50.0, 50.0))
+    ring = ring_of(pipeline, measured, TINY_CONTEXT, work)
+    assert ring.blocks * ring.block_tokens >= TINY_CONTEXT
