@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -24,12 +23,15 @@ from rich.table import Table
 from flows.batch import run_batch
 from flows.embedded import control_plane
 from flows.errors import JobError, RunError
+from flows.imagine import OURS, job_workload, read_what_if
 from flows.job import load_job
 from flows.measure import measure
-from flows.model import open_model
-from flows.planning import SAMPLED_ROWS, make_plan, workload
-from flows.run import prompt_source
+from flows.planning import make_plan
+from planner.advice import Advice, advise
+from planner.baselines import METHODS
 from planner.explain import explain
+from planner.plan import as_mapping
+from planner.simulate import simulate
 from storage.catalog import query as sql_query
 from storage.errors import (
     FingerprintError,
@@ -40,8 +42,6 @@ from storage.errors import (
     StoreError,
 )
 from storage.files import files_at
-from storage.formats import read_rows
-from storage.index import built_index
 from storage.store import JobStore
 from storage.verify import verify as verify_store
 
@@ -51,6 +51,12 @@ CONTINUES = "wagonway: finished rows are kept; the same command continues\n"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file (YAML or JSON).")]
+WHAT_IF = "A cluster that somebody imagines (YAML), in place of this machine."
+OptionalJob = Annotated[Path | None, typer.Argument(metavar="[JOB]", help="A job file.")]
+WhatIf = Annotated[Path | None, typer.Option("--what-if", help=WHAT_IF)]
+Method = Annotated[
+    str, typer.Option(help=f"How to plan for --what-if: {', '.join((OURS, *METHODS))}.")
+]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or a job's name.")]
 Store = Annotated[str, typer.Option(help="The store: a folder or an fsspec URI.")]
 Stages = Annotated[int, typer.Option(min=1, max=64, help="Stage processes on this machine.")]
@@ -94,19 +100,57 @@ def run(
 
 
 @app.command()
-def plan(job_file: JobFile, stages: Stages = 1, as_json: AsJson = False) -> None:
-    """Say what a run would do and how long it would take, starting nothing."""
-    job = load_job(job_file)
-    model = open_model(job)
-    source = prompt_source(job)
-    with built_index(source) as index:
-        rows = index.rows
-    work = workload(rows, islice(read_rows(source), SAMPLED_ROWS), job, model)
-    planned = make_plan(measure(job, stages), work)
-    if as_json:
-        _print_json(asdict(planned) | {"gap": planned.gap})
+def plan(
+    job_file: OptionalJob = None,
+    stages: Stages = 1,
+    cluster: WhatIf = None,
+    method: Method = OURS,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would do and how long it would take, starting nothing.
+
+    With --what-if, for a cluster that a YAML file describes instead of this machine.
+    """
+    job = load_job(job_file) if job_file else None
+    advice: tuple[Advice, ...] = ()
+    if cluster is not None:
+        given = read_what_if(cluster, job)
+        planned = given.plan(method)
+        advice = advise(given.cluster, given.model, given.work, planned) if method == OURS else ()
+    elif job is not None:
+        planned = make_plan(measure(job, stages), job_workload(job))
     else:
-        Console(soft_wrap=True).print(explain(planned), highlight=False)
+        raise JobError("name a job, or a cluster with --what-if")
+    if as_json:
+        _print_json(as_mapping(planned))
+    else:
+        Console(soft_wrap=True).print(explain(planned, advice), highlight=False)
+
+
+@app.command(name="simulate")
+def simulate_plan(
+    cluster: Annotated[Path, typer.Option("--what-if", help=WHAT_IF)],
+    job_file: OptionalJob = None,
+    method: Method = OURS,
+    seed: Annotated[int, typer.Option(help="Of the rows' lengths.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Play a plan event by event on imagined nodes: throughput, latencies, who is busy."""
+    given = read_what_if(cluster, load_job(job_file) if job_file else None)
+    planned = given.plan(method)
+    seen = simulate(planned, given.cluster, given.model, given.work, seed=seed)
+    if as_json:
+        document = asdict(seen) | {"tokens_per_s": seen.tokens_per_s, "rows_per_s": seen.rows_per_s}
+        _print_json({"plan": as_mapping(planned), "simulated": document})
+        return
+    middle, late, last = seen.row_latency_s
+    Console(soft_wrap=True).print(
+        f"{seen.rows:,} rows in {seen.finish_s:,.1f} s: {seen.tokens_per_s:,.1f} output tokens/s "
+        f"(the plan says {planned.tokens_per_s:,.1f}, and {planned.finish_s:,.1f} s)\n"
+        f"a row takes {middle:,.2f} s; 95 % at most {late:,.2f} s, 99 % at most {last:,.2f} s\n"
+        + "\n".join(f"  {name}: busy {share:.0%}" for name, share in seen.busy.items()),
+        highlight=False,
+    )
 
 
 @app.command()
