@@ -14,5 +14,6 @@ for _name, _value in {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # errors are said once, by the command
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that there is no torch here: there need be none
 }.items():
     os.environ.setdefault(_name, _value)
