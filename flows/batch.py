@@ -20,7 +20,7 @@ from flows.measure import Measured, measure
 from flows.model import open_model
 from flows.planning import SAMPLED_ROWS, make_plan, ring_of, workload
 from flows.report import announce, shown
-from flows.run import Run, Summary, fingerprint, prompt_source
+from flows.run import Run, Summary, document, fingerprint, is_begun, prompt_source
 from planner.plan import Plan
 from stages.config import Ring
 from storage.compact import MAX_LIVE_PARTS, compact
@@ -44,19 +44,21 @@ def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
     model = open_model(job)
     with ExitStack() as scratch:
         index = validate(job, scratch)
-        measured = measure_nodes(job, stages)
-        store = JobStore.create(
-            store_uri, job.name, fingerprint(job, model), job.model_dump(mode="json")
-        )
+        # A new job is begun only when a node has shown that it computes the model rightly.
+        measured = None if is_begun(store_uri, job) else measure_nodes(job, stages)
+        store = JobStore.create(store_uri, job.name, fingerprint(job, model), document(job))
         store.set_input(index)
     run = Run(job, model, store, progress(store))
     try:
         if run.done.pending:
-            plan, settings = plan_run(run, measured)
-            with Fleet(plan, settings) as fleet:
-                start_stages(fleet)
-                process(run, fleet, settings.ring)
-            run.worked(fleet.vitals())
+            plan, settings = plan_run(run, measured or measure_nodes(job, stages))
+            fleet = Fleet(plan, settings)
+            try:
+                with fleet:
+                    start_stages(fleet)
+                    process(run, fleet, settings.ring)
+            finally:
+                run.worked(fleet.vitals())
         return finish(run)
     except BaseException:
         run.ended("failed")
@@ -101,8 +103,7 @@ def process(run: Run, fleet: Fleet, ring: Ring) -> None:
     names = RunNames(run.id, run.plan_id, EPOCH)
     clerk = Clerk(run.job, run.model, names, ring.blocks * ring.block_tokens)
     writer = ResultWriter(run.store, run.done)
-    run.tally.start()
-    with shown(run.tally):
+    with run.tally.timed(), shown(run.tally):
         try:
             for row in ended_rows(run, fleet, clerk, AHEAD * ring.slots * ring.slot_rows):
                 if row is not None:
@@ -112,7 +113,6 @@ def process(run: Run, fleet: Fleet, ring: Ring) -> None:
                     _commit(writer, run.store)
         finally:
             writer.commit()  # what is answered is kept, whatever became of the rest
-    run.tally.stop()
 
 
 def ended_rows(run: Run, fleet: Fleet, clerk: Clerk, ahead: int) -> Iterator[ResultRow | None]:
@@ -125,6 +125,7 @@ def ended_rows(run: Run, fleet: Fleet, clerk: Clerk, ahead: int) -> Iterator[Res
             wanted = ahead - len(leases)
             fresh = [clerk.lease(prompt) for prompt in islice(prompts, wanted)]
             more = len(fresh) == wanted
+            run.unfit += fresh.count(None)
             yield from (row for row in fresh if isinstance(row, ResultRow))
             leased = [lease for lease in fresh if isinstance(lease, Lease)]
             leases |= {lease.row.row: lease for lease in leased}
@@ -146,9 +147,14 @@ def _commit(writer: ResultWriter, store: JobStore) -> None:
 def finish(run: Run) -> Summary:
     """Prove that every row has exactly one result; RunError naming what is missing otherwise."""
     found = verify(run.store)
+    if run.unfit:
+        raise RunError(
+            f"{run.unfit} rows are longer than the plan's KV cache, and have no result; "
+            "run again with more memory, or with fewer stages on this machine"
+        )
     if not found.complete:
         raise RunError(f"{run.job.name}: {'; '.join(found.problems())}")
     if run.job.results is not None:
         export(run.store, run.job.results)
-    run.ended("completed", found.ok, found.failed)
+    run.ended("completed")
     return run.summary

@@ -58,6 +58,9 @@ Method = Annotated[
     str, typer.Option(help=f"How to plan for --what-if: {', '.join((OURS, *METHODS))}.")
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or a job's name.")]
+OptionalName = Annotated[
+    str | None, typer.Argument(metavar="[JOB]", help="A job file, or a job's name.")
+]
 Store = Annotated[str, typer.Option(help="The store: a folder or an fsspec URI.")]
 Stages = Annotated[int, typer.Option(min=1, max=64, help="Stage processes on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
@@ -154,9 +157,7 @@ def simulate_plan(
 
 
 @app.command()
-def status(
-    job: Annotated[str | None, JobName] = None, store: Store = "store", as_json: AsJson = False
-) -> None:
+def status(job: OptionalName = None, store: Store = "store", as_json: AsJson = False) -> None:
     """How far each job of the store is, or one job."""
     name = _job_name(job) if job else None
     _print_table(sql_query(store, _STATUS, name), Format.JSON if as_json else Format.TABLE)

@@ -36,7 +36,14 @@ class EmbeddedServer:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.api_url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.embedded", str(self._home), str(listener.fileno())],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "flows.embedded",
+                    str(self._home),
+                    str(listener.fileno()),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 import httpx
+from prefect.exceptions import PrefectException
 
 from flows.errors import FlowError, RunError, StageLostError
 from flows.stage import last_words, stage
@@ -140,13 +141,13 @@ class Fleet:
             )
             station.flow.start()
         peers = tuple(self._joined() for _ in self._stations)
-        topology = Topology(epoch=EPOCH, peers=peers)
-        for station in self._stations.values():
-            self._send(station, topology)
         for _ in self._stations:
             message = self._next(None)
             if not isinstance(message, Ready):
                 raise RunError(f"a stage said {message} before it was ready")
+        topology = Topology(epoch=EPOCH, peers=peers)
+        for station in self._stations.values():
+            self._send(station, topology)
 
     def lease(self, pipeline: int, rows: Sequence[LeasedRow]) -> None:
         """Hand rows to a pipeline's head, in messages of bounded size."""
@@ -286,8 +287,10 @@ class Fleet:
             self._start(station.member, str(station.spec_path))
         except (StageLostError, StageError) as error:
             station.ended.append(str(error))
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, PrefectException) as error:
             station.ended.append(f"stage {station.member}: the Prefect server is gone: {error}")
+        except OSError as error:
+            station.ended.append(f"stage {station.member} could not be started: {error}")
 
 
 def _obituary(station: _Station, error: StageError) -> str:

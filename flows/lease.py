@@ -27,7 +27,7 @@ class Lease:
     row: LeasedRow
     sampling: Sampling
     cut_short: bool
-    """Whether the context, or the plan's KV cache, leaves less room than max_new_tokens."""
+    """Whether the model's context leaves less room than max_new_tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,12 @@ class RunNames:
 
 
 def in_order(rows: Iterator[PromptRow]) -> Iterator[PromptRow]:
-    """The same rows, window by window: equal prefixes side by side, longest first among them."""
+    """The same rows, window by window: longest first, with its prefix's others right behind it."""
     while window := list(islice(rows, WINDOW_ROWS)):
-        window.sort(key=lambda row: (row.prefix_hash, -row.length))
+        longest: dict[str, int] = {}
+        for row in window:
+            longest[row.prefix_hash] = max(row.length, longest.get(row.prefix_hash, 0))
+        window.sort(key=lambda row: (-longest[row.prefix_hash], row.prefix_hash, -row.length))
         yield from window
 
 
@@ -53,14 +56,17 @@ class Clerk:
         self._job = job
         self._model = model
         self._names = names
-        self._room_tokens = min(model.context_tokens, kv_tokens)
+        self._kv_tokens = kv_tokens
 
-    def lease(self, prompt: PromptRow) -> Lease | ResultRow:
-        """The row as its head takes it; or its result at once, where nothing is to be computed."""
+    def lease(self, prompt: PromptRow) -> Lease | ResultRow | None:
+        """The row as its head takes it; or its result at once, where nothing is to be computed.
+
+        None for a row that this plan's KV cache cannot hold: another plan may, so it has no result.
+        """
         sampling = self._job.sampling
         try:
             sampling = self._sampling(prompt)
-            ids = self._encoded(prompt)
+            ids = self._model.encode(prompt)
         except PromptError as error:
             blank = self._blank(prompt, sampling)
             return replace(
@@ -71,7 +77,9 @@ class Clerk:
                 error_type=error.kind,
                 error_message=str(error),
             )
-        new_tokens = min(sampling.max_new_tokens, self._room_tokens - len(ids))
+        new_tokens = min(sampling.max_new_tokens, self._model.context_tokens - len(ids))
+        if len(ids) + new_tokens > self._kv_tokens:
+            return None
         row = LeasedRow(
             row=prompt.row_id,
             key=xxhash.xxh3_64_intdigest(prompt.custom_id.encode()),
@@ -116,25 +124,6 @@ class Clerk:
             return Sampling.model_validate({**self._job.sampling.model_dump(), **prompt.sampling})
         except ValidationError as error:
             raise PromptError("invalid_sampling", sentences(error)) from error
-
-    def _encoded(self, prompt: PromptRow) -> list[int]:
-        encoder = self._model.encoder
-        if prompt.messages is not None:
-            ids = encoder.encode_messages(prompt.messages)
-        else:
-            ids = encoder.encode(prompt.prompt or "")
-        if len(ids) > self._model.context_tokens:
-            raise PromptError(
-                "prompt_too_long",
-                f"{len(ids)} tokens; the model's context holds {self._model.context_tokens}",
-            )
-        if len(ids) > self._room_tokens:
-            raise PromptError(
-                "prompt_over_memory",
-                f"{len(ids)} tokens; the plan's KV cache holds {self._room_tokens} of one row; "
-                "run with more memory or fewer stages on this machine",
-            )
-        return ids
 
     def _blank(self, prompt: PromptRow, sampling: Sampling) -> ResultRow:
         """The result row of an answer that has no tokens."""

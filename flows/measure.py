@@ -69,7 +69,7 @@ def _probed(spec: ProbeSpec) -> ProbeFacts:
         spec_path, facts_path = Path(folder) / "spec.json", Path(folder) / "facts.json"
         spec_path.write_text(spec.model_dump_json(), encoding="utf-8")
         child = subprocess.run(
-            [sys.executable, "-m", "stages.probe", str(spec_path), str(facts_path)],
+            [sys.executable, "-P", "-m", "stages.probe", str(spec_path), str(facts_path)],
             capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         words = child.stderr.strip().splitlines() or ["it said nothing"]
@@ -93,6 +93,7 @@ def _node(
         layer_s=LayerTimes(
             prefill=((spec.prefill_tokens, facts.prefill_s * crowding),),
             decode=((spec.decode_rows, spec.context_tokens, facts.decode_s * crowding),),
+            head=((spec.decode_rows, facts.head_s * crowding),),
         ),
     )
 

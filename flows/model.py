@@ -7,12 +7,13 @@ from pathlib import Path
 
 from flows.errors import JobError
 from flows.job import Job
-from stages.errors import ModelError
+from stages.errors import ModelError, PromptError
 from stages.prompt import PromptEncoder
+from storage.prompts import PromptRow
 
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
-_PIECE_BYTES = 2**20
-_PIECE_EVERY_BYTES = 64 * 2**20
+_PIECE_BYTES = 2**16
+_PIECE_EVERY_BYTES = 2**20
 """A digest reads one piece of each so many: any training changes nearly every weight."""
 
 
@@ -25,7 +26,27 @@ class ModelFolder:
     """sha256 over every weight file's size, header and regular pieces, and over the config."""
     context_tokens: int
     """Positions that the model was made for."""
+    vocabulary: int
+    """Token ids that its embedding knows."""
     encoder: PromptEncoder
+
+    def encode(self, row: PromptRow) -> list[int]:
+        """The row's token ids; PromptError where they are the row's own fault."""
+        if row.messages is not None:
+            ids = self.encoder.encode_messages(row.messages)
+        else:
+            ids = self.encoder.encode(row.prompt or "")
+        if len(ids) > self.context_tokens:
+            raise PromptError(
+                "prompt_too_long",
+                f"{len(ids)} tokens; the model's context holds {self.context_tokens}",
+            )
+        if max(ids) >= self.vocabulary:
+            raise PromptError(
+                "unknown_token",
+                f"token {max(ids)} is the tokenizer's alone; the model knows {self.vocabulary}",
+            )
+        return ids
 
 
 def open_model(job: Job) -> ModelFolder:
@@ -45,21 +66,23 @@ def open_model(job: Job) -> ModelFolder:
         encoder = PromptEncoder.load(folder, job.prompts.special_tokens)
     except ModelError as error:
         raise JobError(str(error)) from error
-    return ModelFolder(folder, _digest(folder, weights), _context_tokens(folder), encoder)
+    context_tokens = _config_count(folder, "max_position_embeddings")
+    vocabulary = _config_count(folder, "vocab_size")
+    return ModelFolder(folder, _digest(folder, weights), context_tokens, vocabulary, encoder)
 
 
-def _context_tokens(folder: Path) -> int:
+def _config_count(folder: Path, name: str) -> int:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        tokens = config.get("text_config", config)["max_position_embeddings"]
+        count = config.get("text_config", config)[name]
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise JobError(f"{path}: no max_position_embeddings in it: {error}") from error
-    if not isinstance(tokens, int) or tokens < 1:
-        raise JobError(f"{path}: max_position_embeddings is {tokens!r}")
-    return tokens
+        raise JobError(f"{path}: no {name} in it: {error}") from error
+    if not isinstance(count, int) or count < 1:
+        raise JobError(f"{path}: {name} is {count!r}")
+    return count
 
 
 def _require_whole(folder: Path, weights: list[Path]) -> None:

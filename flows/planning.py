@@ -34,17 +34,10 @@ def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolde
     outputs: list[int] = []
     for row in sample:
         try:
-            encoder = model.encoder
-            ids = (
-                encoder.encode(row.prompt or "")
-                if row.messages is None
-                else encoder.encode_messages(row.messages)
-            )
+            ids = model.encode(row)
         except PromptError:
             continue  # it will be its row's error; a length it has none
         room = model.context_tokens - len(ids)
-        if room < 0:
-            continue  # so will this
         prompts.append(len(ids))
         asked = row.sampling.get("max_new_tokens", job.sampling.max_new_tokens)
         quota = int(asked) if isinstance(asked, int | float) else Sampling().max_new_tokens
@@ -75,12 +68,13 @@ def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: W
     """The ring's settings: as many KV blocks as the rows in flight may want, or as memory allows."""
     rows = pipeline.micro_batch_rows * pipeline.in_flight
     longest = work.prompt_tokens.p95 + work.output_tokens.p95
-    wanted = max(rows * longest, context_tokens)
+    each = math.ceil(longest / BLOCK_TOKENS)
+    wanted = max(rows * each, math.ceil(context_tokens / BLOCK_TOKENS))
     room = min(_room_tokens(stage, measured) for stage in pipeline.stages)
     return Ring(
         slots=pipeline.in_flight,
         slot_rows=pipeline.micro_batch_rows,
-        blocks=max(1, min(math.ceil(wanted / BLOCK_TOKENS), int(room) // BLOCK_TOKENS)),
+        blocks=max(1, min(wanted, int(room) // BLOCK_TOKENS)),
         block_tokens=BLOCK_TOKENS,
         step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
     )

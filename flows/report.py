@@ -47,13 +47,14 @@ class Tally:
     _started_s: float | None = None
     _stopped_s: float | None = None
 
-    def start(self) -> None:
-        """The first row may start now."""
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """From the first lease to the last commit."""
         self._started_s = time.monotonic()
-
-    def stop(self) -> None:
-        """The last row is committed."""
-        self._stopped_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._stopped_s = time.monotonic()
 
     def count(self, row: ResultRow) -> None:
         """Take note of a row that ended."""

@@ -15,6 +15,8 @@ from flows.model import ModelFolder
 from flows.report import Tally
 from planner.plan import Plan
 from stages.control import Heartbeat
+from storage.errors import JobNotFoundError
+from storage.files import shown
 from storage.progress import Progress, unanswered
 from storage.prompts import PromptRow, PromptSource
 from storage.store import JobStore
@@ -58,6 +60,8 @@ class Run:
         """What was answered when the run began."""
         self.id = f"{now:%Y%m%dT%H%M%S}-{token_hex(3)}"
         self.plan_id = ""
+        self.unfit = 0
+        """Rows that this run's plan had no memory for."""
         self.tally = Tally(done.rows, done.answered, done.failed, earlier=done.answered)
         self.summary = Summary(
             self.id, job.name, now.isoformat(), rows=done.rows, rows_earlier=done.answered
@@ -97,14 +101,15 @@ class Run:
         )
         self._record()
 
-    def ended(self, status: str, rows_ok: int = 0, rows_failed: int = 0) -> None:
+    def ended(self, status: str) -> None:
         """Keep how the run ended."""
+        tally = self.tally
         self.summary = replace(
             self.summary,
             status=status,
             finished_at=_now(),
-            rows_ok=rows_ok,
-            rows_failed=rows_failed,
+            rows_ok=tally.answered - tally.failed,
+            rows_failed=tally.failed,
         )
         self._record()
 
@@ -118,6 +123,23 @@ def prompt_source(job: Job) -> PromptSource:
     return PromptSource(
         p.uri, p.id_column, p.prompt_column, p.messages_column, dict(p.sampling_columns)
     )
+
+
+def is_begun(store_uri: str, job: Job) -> bool:
+    """Whether the store has the job already."""
+    try:
+        JobStore.open(store_uri, job.name)
+    except JobNotFoundError:
+        return False
+    return True
+
+
+def document(job: Job) -> dict[str, JsonValue]:
+    """The job as the store keeps it: without what a URI may hold of passwords and signatures."""
+    prompts = job.prompts.model_copy(update={"uri": shown(job.prompts.uri)})
+    results = None if job.results is None else shown(job.results)
+    copy = job.model_copy(update={"prompts": prompts, "results": results})
+    return dict(copy.model_dump(mode="json"))
 
 
 def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:

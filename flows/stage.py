@@ -22,7 +22,7 @@ def stage(member: str, spec_path: str) -> None:
     log_path = Path(spec_path).with_suffix(".log")
     with log_path.open("wb") as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "stages.worker", spec_path],
+            [sys.executable, "-P", "-m", "stages.worker", spec_path],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -42,5 +42,8 @@ def _end(status: int) -> str:
 
 
 def last_words(log_path: Path) -> str:
-    """The end of a process's log, for an error message."""
-    return log_path.read_text(errors="replace").strip()[-LAST_WORDS_CHARS:]
+    """The last line of a process's log, for an error message."""
+    if not log_path.is_file():
+        return "it left no log"
+    lines = log_path.read_text(errors="replace").strip().splitlines()
+    return lines[-1][-LAST_WORDS_CHARS:] if lines else "it said nothing"

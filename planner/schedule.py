@@ -13,6 +13,10 @@ from planner.blocks import BlockPool
 CHUNK_TOKENS = 128
 """Prefill chunks end at multiples of this, so a row's numbers never depend on its neighbours."""
 
+MAX_STEP_BLOCKS = 2**14
+"""KV blocks that one step may grant, if to more than one row: a frame's header is bounded."""
+MAX_STEP_ENDED = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -186,7 +190,11 @@ class Ring:
         spans = self._spans(slot)
         grants: list[Grant] = []
         budget = self.shape.step_tokens - sum(span.tokens for span in spans)
+        blocks = 0
         while self._queue and len(slot.sequences) < self._target_rows():
+            blocks += self.shape.blocks_for(-self._queue[0][0])
+            if grants and blocks > MAX_STEP_BLOCKS:
+                break
             admitted = self._admit(slot, budget)
             if admitted is None:
                 break
@@ -195,14 +203,19 @@ class Ring:
             budget -= admitted[0].tokens
         if not spans:
             return None
-        ended, self._ended = tuple(self._ended), []
+        ended, self._ended = tuple(self._ended[:MAX_STEP_ENDED]), self._ended[MAX_STEP_ENDED:]
         slot.step = Step(self._next_frame, number, tuple(spans), tuple(grants), ended)
         self._next_frame += 1
         return slot.step
 
     def _target_rows(self) -> int:
         """Rows a slot should hold: few rows spread evenly, so no stage waits for a fat slot."""
-        return min(self.shape.slot_rows, -(-(self.live + self.queued) // self.shape.slots))
+        rows = self.live + self.queued
+        if self._queue:
+            # Where memory is short, the rows that it holds spread evenly, not the slots' capacity.
+            each = self.shape.blocks_for(-self._queue[0][0])
+            rows = min(rows, self.live + self._pool.free // each)
+        return min(self.shape.slot_rows, -(-rows // self.shape.slots))
 
     def _spans(self, slot: _Slot) -> list[Span]:
         """Spans of the rows already in the slot: decodes first, then prompts, within the budget."""

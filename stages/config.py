@@ -133,8 +133,8 @@ class ProbeFacts(_Strict):
     hidden: Count
     layer_bytes: Count
     embedding_bytes: Count
-    head_bytes: int = Field(ge=0)
-    """0 where the head shares the embedding's weights and both are on one stage."""
+    head_bytes: Count
+    """As many as the embedding's where they share weights, and twice in memory on two stages."""
     kv_bytes_per_token_layer: float
     flop_per_token_layer: float
     prefill_s: float

@@ -150,7 +150,7 @@ class Topology(_Message):
 
 
 class Ready(_Message):
-    """A stage has its weights, its links of that epoch, and room for so many tokens."""
+    """A stage has its weights, and room for so many tokens; its links come next."""
 
     kind = Kind.READY
     epoch: Epoch

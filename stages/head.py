@@ -52,11 +52,6 @@ class Head:
         """Rows taken and not yet answered."""
         return len(self._sequences)
 
-    @property
-    def in_flight(self) -> int:
-        """Steps sent, not yet returned."""
-        return len(self._steps)
-
     def lease(self, rows: Iterable[LeasedRow]) -> None:
         """Take rows to answer; the driver has seen to it that each can fit."""
         now = self._clock()

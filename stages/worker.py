@@ -50,7 +50,9 @@ from stages.wire import SampleFrame, StepFrame
 log = logging.getLogger(__name__)
 
 JOIN_S = 120.0
-"""Limit for one connection of the ring; the slowest stage may still be loading."""
+"""For the driver to answer."""
+RING_S = 20.0
+"""For one connection of the ring, all of whose stages are up and loaded."""
 REDIAL_S = 5.0
 """Limit for one attempt to take up a connection that broke."""
 FAREWELL_S = 5.0
@@ -82,11 +84,11 @@ class Worker:
             self._join_driver(trust, Address(host=host, port=port))
             with self._last_words():
                 compute = self._load()
-                self._join_ring(trust, listener, leave)
-                if spec.is_head:
-                    self._lead(compute)
-                else:
-                    self._follow(compute)
+                if self._join_ring(trust, listener, leave):
+                    if spec.is_head:
+                        self._lead(compute)
+                    else:
+                        self._follow(compute)
             self._driver.send(self._vitals())  # the last word on what was done
             self._driver.close()
 
@@ -153,28 +155,34 @@ class Worker:
         )
         return compute
 
-    def _join_ring(self, trust: Trust, listener: Listener, leave: contextlib.ExitStack) -> None:
-        """Connect to the next stage and be connected to by the previous one."""
+    def _join_ring(self, trust: Trust, listener: Listener, leave: contextlib.ExitStack) -> bool:
+        """Connect to the next stage and be connected to by the previous one; False if told to stop.
+
+        The driver says where everybody listens once all stages are loaded, so nobody waits long.
+        """
         topology = self._next_message(None)
+        if isinstance(topology, Stop):
+            return False
         if not isinstance(topology, Topology):
             raise ProtocolError(f"{type(topology).__name__} came before the plan's topology")
         if len(self._spec.pipeline) == 1:
-            return
+            return True
         places = {peer.name: (peer.host, peer.port) for peer in topology.peers}
         next_stage, place, hello = self._spec.next, places[self._spec.next], self._hello()
         self._outbox = Outbox(
-            dial(trust, next_stage, place, hello, JOIN_S),
+            dial(trust, next_stage, place, hello, RING_S),
             self._mailbox.report_down,
             capacity=self._spec.ring.slots,
             redial=partial(dial_once, trust, next_stage, place, hello, REDIAL_S),
             patience_s=self._spec.lost_after_s,
         )
         leave.callback(self._outbox.abort)
-        arriving = listener.accept(JOIN_S)
+        arriving = listener.accept(RING_S)
         if arriving.peer != self._spec.previous or arriving.purpose != "data":
             raise ProtocolError(f"{arriving.peer} connected in place of {self._spec.previous}")
         self._inbox = Inbox(arriving, self._mailbox, listener, self._spec.lost_after_s)
         leave.callback(self._inbox.close)
+        return True
 
     def _next_message(self, timeout_s: float | None) -> Message | None:
         """The next message of driver or ring; None if none comes in time. Raises what went down."""

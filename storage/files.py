@@ -83,7 +83,8 @@ class LocalFiles:
             return []
 
     def exists(self, name: str) -> bool:
-        return (self.root / name).exists()
+        with _stores(self.shown, name):
+            return (self.root / name).exists()
 
     def write(self, name: str, content: bytes | Path) -> None:
         """Write or replace a file: readers see the old one or the whole new one."""

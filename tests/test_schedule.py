@@ -89,6 +89,27 @@ def test_few_rows_spread_over_the_slots() -> None:
     assert [len(step.spans) if step else 0 for step in steps] == [2, 2, 2]
 
 
+def test_short_memory_is_shared_evenly_by_the_slots() -> None:
+    shape = RingShape(slots=4, slot_rows=32, blocks=32, block_tokens=16, step_tokens=256)
+    ring, quotas = ring_of(shape, [(10, 4 + i % 7) for i in range(200)])
+    steps = drain(ring, quotas, depth=4)
+    sizes = [len(step.spans) for step in steps[40:-40]]
+    assert max(sizes) <= 2 * min(sizes), "one slot has the rows that the others lack"
+
+
+def test_what_one_step_grants_is_bounded() -> None:
+    huge = RingShape(slots=1, slot_rows=64, blocks=2**17, block_tokens=16, step_tokens=1024)
+    ring, _ = ring_of(huge, [(4, 16_000)] * 64)
+    granted = []
+    for _ in range(8):
+        step = ring.next_step()
+        assert step is not None
+        granted.append(sum(len(grant.blocks) for grant in step.grants))
+        ring.returned(step.slot, [])
+    assert 0 < max(granted) <= 2**14
+    assert sum(granted) == 64 * huge.blocks_for(16_004)
+
+
 def test_slots_go_round_in_cyclic_order() -> None:
     ring, quotas = ring_of(SHAPE, [(5, 10)] * 12)
     slots = [step.slot for step in drain(ring, quotas, depth=3)]
