@@ -20,7 +20,8 @@ lint: .venv/installed
 # The constraints pin the whole tree, so a set-up never depends on what an index offers today.
 .venv/installed: pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv .venv
-	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[stage,dev]"
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt setuptools
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[stage,dev]"
 	touch .venv/installed
 
 clean:
