@@ -22,8 +22,10 @@ from stages.control import LeasedRow
 
 ROWS = 256
 THREADS = 2
-BATCHES = (16, 32, 64)
-REPEATS = 3
+BATCHES = (32, 64, 128)
+TRIAL_TOKENS = 8
+"""Tokens that every row makes while the best batch size is looked for."""
+REPEATS = 2
 SLOT_ROWS = 64
 
 
@@ -76,7 +78,7 @@ def main() -> None:
         folder = Path(scratch)
         write_llama(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
-        trial = by_length[:: ROWS // 64]
+        trial = [row.model_copy(update={"max_new_tokens": TRIAL_TOKENS}) for row in by_length]
         best = min(BATCHES, key=lambda batch: generate_s(model, trial, batch))
         seconds: dict[str, list[float]] = {"ours": [], "by length": [], "by quota": []}
         for _ in range(REPEATS):
