@@ -6,8 +6,8 @@ Every method's plan runs in the same simulator, on the same rows, with the ring'
 a method says nothing of micro-batches in flight, it is given the best of our grid. Its links are raw,
 as the methods know no codec; a second figure therefore plans ours without one. Ours is rehearsed: of
 the solver's plan, its fastest pipelines and the baselines' own plans, the one that a simulation on
-other rows prefers; so it loses to a baseline only where the rows of the race decide otherwise. Time to finish counts
-from loading to the last row. Not simulated: the methods that need a MILP solver.
+other rows prefers; so it loses to a baseline only where the rows of the race decide otherwise.
+Time to finish counts from loading to the last row. Not simulated: the methods that need a MILP solver.
 """
 
 import argparse
