@@ -1,0 +1,163 @@
+"""Whatever process of a run dies, committed rows stay and the same command goes on from them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.batch import run_batch
+from flows.job import load_job
+from tests.jobs import WAGONWAY, Row, environment, results, wagonway, write_job
+
+ROWS = 8500
+"""Each of the runs below commits a thousand and some; the last has a few to do."""
+STAGES = 3
+START_S = 180.0
+"""For a run to commit its first rows, on a busy machine."""
+END_S = {"server": 180.0}
+"""For a run to end after its loss: 60 s, but where calls to the lost are repeated."""
+OF_THE_RUN = {"run_id", "plan", "finished_at", "queued_s", "prefill_s", "decode_s"}
+"""Columns in which two runs' rows may differ."""
+
+
+@pytest.fixture(scope="module")
+def job_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(3)
+    texts = ("".join(rng.choices("abcdefgh .", k=rng.randint(2, 20))) for _ in range(ROWS))
+    rows = [{"id": f"r{n}", "prompt": text} for n, text in enumerate(texts)]
+    return write_job(
+        tmp_path_factory.mktemp("faults"), tiny_model, rows, "prompts.parquet",
+        prompts={"prompt_column": "prompt"}, sampling={"max_new_tokens": 3},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(job_file: Path) -> Path:
+    """One store for all losses: each run goes on where the one before was stopped."""
+    return job_file.parent / "store"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A run that has committed rows and goes on."""
+
+    process: subprocess.Popen[str]
+    members: dict[str, psutil.Process]
+    """Its processes: driver, stages by name, and server where it has its own."""
+
+    def ended(self, within_s: float) -> tuple[int, str]:
+        """(exit status, standard error); and no process of the run is left soon after."""
+        _, said = self.process.communicate(timeout=within_s)
+        _, left = psutil.wait_procs(list(self.members.values()), timeout=30)
+        assert not left
+        return self.process.returncode, said
+
+
+@contextmanager
+def started(job_file: Path, store: Path, api_url: str) -> Iterator[Started]:
+    """Start the run as a terminal would, in a process group of its own; killed at the end."""
+    before = commits(store)
+    with subprocess.Popen(
+        [*WAGONWAY, "run", str(job_file), "--store", str(store), "--stages", str(STAGES)],
+        env=environment(api_url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + START_S
+            while commits(store) == before:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield Started(process, members_of(process.pid))
+        finally:
+            process.kill()
+
+
+def commits(store: Path) -> int:
+    """Appended parts that the job's log names."""
+    entries = (path.read_text() for path in (store / "demo" / "_log").glob("*.json"))
+    return sum(json.loads(entry)["kind"] == "append" for entry in entries)
+
+
+def members_of(pid: int) -> dict[str, psutil.Process]:
+    driver = psutil.Process(pid)
+    members = {"driver": driver}
+    for child in driver.children(recursive=True):
+        command = child.cmdline()
+        if "stages.worker" in command:
+            members[Path(command[-1]).stem] = child
+        elif "flows.embedded" in command:
+            members["server"] = child
+    return members
+
+
+LOSSES = {
+    "local-0": "stage local-0 ",
+    "local-1": "stage local-1 ",
+    "local-2": "stage local-2 ",
+    "driver": "",
+    "server": "Prefect server does not answer",
+}
+"""Process to what the run says of its loss."""
+
+
+@pytest.mark.parametrize("victim", LOSSES)
+def test_a_run_that_loses_a_process_ends_soon_and_says_which(
+    victim: str, job_file: Path, store: Path, prefect_api: str
+) -> None:
+    earlier = results(store) if store.exists() else {}
+    with started(job_file, store, "" if victim == "server" else prefect_api) as run:
+        os.kill(run.members[victim].pid, signal.SIGKILL)
+        status, said = run.ended(END_S.get(victim, 60.0))
+    assert status == (-signal.SIGKILL if victim == "driver" else 1)
+    assert LOSSES[victim] in said
+    assert "Traceback" not in said
+    assert f" of {ROWS:,} rows, 0 failed" in said or victim == "driver"
+    assert victim == "driver" or "the same command continues" in said
+    after = results(store)
+    assert len(after) >= len(earlier) + 1000
+    assert earlier.items() <= after.items(), "a committed row was computed again, or lost"
+
+
+def test_ctrl_c_ends_a_run_in_good_order(job_file: Path, prefect_api: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with started(job_file, store, prefect_api) as run:
+        os.killpg(run.process.pid, signal.SIGINT)
+        status, said = run.ended(within_s=30.0)
+    assert status == 130
+    assert said.endswith("wagonway: finished rows are kept; the same command continues\n")
+    assert "Traceback" not in said
+    assert len(results(store)) >= 1000
+
+
+def test_after_all_losses_the_same_command_finishes_with_the_undisturbed_runs_rows(
+    job_file: Path, store: Path, prefect_api: str, tmp_path: Path
+) -> None:
+    earlier = results(store)
+    done = wagonway(
+        "run", job_file, "--store", store, "--stages", STAGES, "--json", api_url=prefect_api
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr, "no colours where no terminal is"
+    after = results(store)
+    assert json.loads(done.stdout)["rows_earlier"] == len(earlier)
+    assert earlier.items() <= after.items()
+    run_batch(load_job(job_file), str(tmp_path / "undisturbed"), stages=2)
+    assert said_of_rows(after) == said_of_rows(results(tmp_path / "undisturbed"))
+
+
+def said_of_rows(rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows without what is their run's."""
+    return {
+        name: {column: value for column, value in row.items() if column not in OF_THE_RUN}
+        for name, row in rows.items()
+    }
