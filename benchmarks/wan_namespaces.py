@@ -108,15 +108,17 @@ class Namespaces:
         return child
 
     def close(self) -> None:
-        """End every process of every host, and the hosts."""
+        """End every process of every host, and the hosts; RuntimeError if the wires had failed."""
         namespaces = [self.inside(name, _namespace) for name in self._hosts]
         _kill_residents(set(namespaces))
         for child in self._children:
             child.wait()
         assert self._forwarder.stdin is not None
         self._forwarder.stdin.close()
-        self._forwarder.wait()
+        ended = self._forwarder.wait()
         self._end_hosts()
+        if ended not in (0, -signal.SIGINT):
+            raise RuntimeError(f"the forwarder ended with {ended}: what was measured is void")
 
     def _end_hosts(self) -> None:
         for thread in self._inside.values():

@@ -1,0 +1,146 @@
+"""
+What the links make of a slow wire: goodput under loss, overhead, delay beside bulk, processor time.
+
+Two processes on an emulated WAN (`benchmarks/wan.py`, MTU 1500), frames raw as without a codec. Where
+a figure names CUBIC, the data connection was switched to it; the control connection stays as it is.
+A receiver wakes for every packet that the emulated wire brings, which network cards would merge; the
+same frames over one host's loopback show what is our own.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path as FilePath
+
+from benchmarks.links_end import NAMES, Received, Sent, Transfer, step_packet
+from benchmarks.record import Claim, record
+from benchmarks.wan import Namespaces, Path, Traffic, Wan, obstacle
+from stages.identity import make_identity
+
+RATE_BIT_PER_S = 100e6
+LOSSES = (0.0, 0.001, 0.01)
+CONTROLS = ("bbr", "cubic")
+FRAME_BYTES = {"12 KiB": 12 * 2**10, "64 KiB": 64 * 2**10, "1 MiB": 2**20}
+ROWS = 32
+MESSAGE_EVERY_S = 0.02
+WARM_UP_RTTS = 25
+LARGE_BUFFER_BYTES = 64 * 2**20
+
+
+def run(
+    folder: FilePath,
+    path: Path,
+    transfer: Transfer,
+    source: str = "a",
+    tcp_buffer_bytes: int | None = None,
+) -> tuple[Received, Sent, Traffic]:
+    """Both ends' views of one transfer from `source` to "b", and the wire's from "a" to "b"."""
+    with Wan(NAMES, path, partial(Namespaces, tcp_buffer_bytes=tcp_buffer_bytes)) as wan:
+        asked = json.dumps(asdict(transfer))
+        receiver = _end(wan, "b", ["receive", str(folder), wan.address("b"), asked])
+        port = json.loads(_line(receiver))
+        sender = _end(wan, source, ["send", str(folder), wan.address("b"), str(port), asked])
+        received = Received(**json.loads(_line(receiver)))
+        carried = wan.counters()["a", "b"]
+        sent = Sent(**json.loads(_line(sender)))
+        return received, sent, carried
+
+
+def _end(wan: Wan, host: str, words: Sequence[str]) -> "subprocess.Popen[bytes]":
+    module = [sys.executable, "-m", "benchmarks.links_end", *words]
+    return wan.popen(host, module, stdout=subprocess.PIPE)
+
+
+def _line(process: "subprocess.Popen[bytes]") -> bytes:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{process.args!r} ended early with {process.wait()}")
+    return line
+
+
+def goodput(folder: FilePath) -> list[Claim]:
+    """1 MiB frames at a round trip of 200 ms, with losses both ways."""
+    claims = []
+    for loss in LOSSES:
+        for control, buffer_bytes in (("bbr", None), ("bbr", LARGE_BUFFER_BYTES), ("cubic", None)):
+            path = Path(RATE_BIT_PER_S, 0.100, loss)
+            transfer = Transfer(FRAME_BYTES["1 MiB"], ROWS, control, warm_up_s=8, measured_s=21)
+            received, sent, _ = run(folder, path, transfer, tcp_buffer_bytes=buffer_bytes)
+            assert sent.congestion_control == control
+            share = 100 * received.goodput_bytes_per_s * 8 / RATE_BIT_PER_S
+            claim = f"goodput, 1 MiB frames, RTT 200 ms, {100 * loss:g} % loss, {control}"
+            if buffer_bytes:
+                claim += f", hosts that allow {buffer_bytes // 2**20} MiB of socket buffer"
+            target = 92 if control == "bbr" else None
+            claims.append(Claim(claim, share, "% of 100 Mbit/s", target))
+    return claims
+
+
+def framing() -> list[Claim]:
+    """Bytes beside the payload, before TLS."""
+    payload = memoryview(bytes(FRAME_BYTES["64 KiB"]))
+    head_bytes = len(step_packet(0, payload, ROWS).head)
+    return [
+        Claim("framing of 64 KiB, 32 rows", 100 * head_bytes / len(payload), "%", limit=1),
+        Claim("framing of 32 rows", head_bytes, "bytes", limit=64 + 24 * ROWS),
+    ]
+
+
+def small_delay(folder: FilePath) -> list[Claim]:
+    """How much later control messages arrive while bulk keeps the wire full."""
+    claims = []
+    for rtt_s in (0.02, 0.2):
+        path = Path(RATE_BIT_PER_S, rtt_s / 2)
+        warm_up_s = 2 + WARM_UP_RTTS * rtt_s
+        alone, _, _ = run(folder, path, Transfer(0, ROWS, "bbr", MESSAGE_EVERY_S, 1.0, 5.0))
+        for control in CONTROLS:
+            transfer = Transfer(FRAME_BYTES["1 MiB"], ROWS, control, MESSAGE_EVERY_S, warm_up_s, 20)
+            beside, _, _ = run(folder, path, transfer)
+            added_s = beside.message_delay_s - alone.message_delay_s
+            claim = f"a message's added delay beside bulk, RTT {1e3 * rtt_s:g} ms, {control}"
+            limit = 1e3 * max(0.1 * rtt_s / 2, 0.010)
+            claims.append(
+                Claim(claim, 1e3 * added_s, "ms", limit=limit if control == "bbr" else None)
+            )
+    return claims
+
+
+def cpu(folder: FilePath) -> list[Claim]:
+    """Processor time of each end, TLS and the kernel's TCP included, and bytes at the interface."""
+    claims = []
+    for size, payload_bytes in FRAME_BYTES.items():
+        transfer = Transfer(payload_bytes, ROWS, "bbr", warm_up_s=1, measured_s=6)
+        limit = 0.3 if payload_bytes < FRAME_BYTES["1 MiB"] else None
+        for source, over in (("a", "the wire"), ("b", "the loopback")):
+            received, sent, carried = run(folder, Path(RATE_BIT_PER_S, 0.010), transfer, source)
+            ends = ("send", sent.cpu_s_per_frame), ("receive", received.cpu_s_per_frame)
+            for end, cpu_s in ends:
+                claim = f"processor time to {end} a frame of {size} over {over}"
+                claims.append(Claim(claim, 1e3 * cpu_s, "ms", limit=limit))
+            if source == "a":
+                beyond = 100 * (carried.delivered_bytes / received.payload_bytes - 1)
+                claim = f"bytes at the interface beyond payloads of {size}"
+                claims.append(Claim(claim, beyond, "%"))
+    return claims
+
+
+def main() -> None:
+    """Measure all of it, or say what is in the way."""
+    missing = obstacle()
+    if missing:
+        sys.exit(f"losses can only be emulated in namespaces: {missing}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = FilePath(scratch)
+        for name in NAMES:
+            make_identity(name, folder)
+        claims = [*goodput(folder), *framing(), *small_delay(folder), *cpu(folder)]
+    record("links", claims)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""One end of a link under measurement, as a process of its own: frames flow from "a" to "b".
+
+    python -m benchmarks.links_end receive FOLDER ADDRESS TRANSFER
+    python -m benchmarks.links_end send FOLDER ADDRESS PORT TRANSFER
+
+FOLDER holds both ends' keys, TRANSFER is a `Transfer` as JSON. The receiver says its port, then what
+it measured, each as a line of JSON, and leaves; that ends the sender, which says its own.
+"""
+
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from planner.schedule import Span, Step
+from stages.control import Hello, Rows, decode
+from stages.duplex import Duplex
+from stages.errors import LinkError
+from stages.frame import Dtype, Packet, run_number
+from stages.greeting import Listener, dial
+from stages.identity import Member, load_identity
+from stages.link import Connection, Trust
+from stages.mailbox import Arrival, Inbox, LinkDown, Mailbox, Outbox
+from stages.wire import StepFrame
+
+RUN = "links"
+NAMES = ("a", "b")
+DIAL_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What goes over the link: STEP frames one after another, control messages now and then."""
+
+    payload_bytes: int
+    """Of each STEP frame; 0 for none."""
+    rows: int = 32
+    congestion_control: str = "bbr"
+    message_every_s: float = 0.0
+    """0 for no control connection."""
+    warm_up_s: float = 5.0
+    measured_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The receiver's view, of the measured seconds."""
+
+    goodput_bytes_per_s: float
+    """Payloads, without prefix and header."""
+    payload_bytes: int
+    """Of all frames, the warm-up's too."""
+    message_delay_s: float
+    """Median one-way delay of control messages; 0 without."""
+    cpu_s_per_frame: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The sender's view, from the first frame to the end of the link."""
+
+    congestion_control: str
+    cpu_s_per_frame: float
+    overhead_bytes_per_frame: float
+    """What TLS is handed beyond payloads."""
+
+
+def step_packet(number: int, payload: memoryview, rows: int) -> Packet:
+    """A frame of one decode step: each row one token, its bfloat16 activation raw."""
+    step = Step(number, 0, tuple(Span(row, 1000, 1, True) for row in range(rows)))
+    hidden = len(payload) // (2 * rows)
+    return StepFrame(1, step, hidden, Dtype.BFLOAT16, payload).encode(run_number(RUN))
+
+
+def receive(folder: Path, address: str, transfer: Transfer) -> Received:
+    """Take what the sender has for the transfer's time; the end of the process ends the link."""
+    listener = Listener(_trust("b", folder), lambda: _hello("b", "data"), address)
+    print(json.dumps(listener.address[1]), flush=True)
+    steps, messages = Mailbox(), Mailbox()
+    inbox = None
+    for _ in range((transfer.payload_bytes > 0) + (transfer.message_every_s > 0)):
+        connection = listener.accept(DIAL_S)
+        if connection.purpose == "data":
+            inbox = Inbox(connection, steps)
+            threading.Thread(target=_drain, args=(steps,), daemon=True).start()
+        else:
+            Duplex(connection, messages)
+    time.sleep(transfer.warm_up_s)
+    delays_s: list[float] = []
+    threading.Thread(target=_hear, args=(messages, delays_s), daemon=True).start()
+    if inbox is None:
+        time.sleep(transfer.measured_s)
+        return Received(0.0, 0, statistics.median(delays_s), 0.0)
+    goodput, cpu_s = _measure(inbox, transfer)
+    delay_s = statistics.median(delays_s) if delays_s else 0.0
+    return Received(goodput, inbox.report().payload_bytes_received, delay_s, cpu_s)
+
+
+def _measure(inbox: Inbox, transfer: Transfer) -> tuple[float, float]:
+    """Payload bytes per second, and processor seconds per frame."""
+    before, cpu_s, started_s = inbox.report(), time.process_time(), time.perf_counter()
+    time.sleep(transfer.measured_s)
+    after, cpu_s = inbox.report(), time.process_time() - cpu_s
+    seconds = time.perf_counter() - started_s
+    # Bytes, not frames, so that a slow link's rate is not rounded to whole ones.
+    packet = step_packet(0, memoryview(bytes(transfer.payload_bytes)), transfer.rows)
+    share = transfer.payload_bytes / packet.size
+    received = after.tls_bytes_received - before.tls_bytes_received
+    frames = max(1, after.frames_received - before.frames_received)
+    return share * received / seconds, cpu_s / frames
+
+
+def _drain(steps: Mailbox) -> None:
+    while isinstance(mail := steps.get(), Arrival):
+        StepFrame.decode(mail.frame)
+
+
+def _hear(messages: Mailbox, delays_s: list[float]) -> None:
+    """Note how long each message was under way: both ends read one machine's clock."""
+    while isinstance(mail := messages.get(), Arrival):
+        message = decode(mail.frame)
+        assert isinstance(message, Rows)
+        delays_s.append((time.monotonic_ns() - int(message.lease)) / 1e9)
+
+
+def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
+    """Send as fast as the link takes it, until the receiver leaves."""
+    trust = _trust("a", folder)
+    if transfer.message_every_s:
+        control = dial(trust, "b", address, _hello("a", "control"), DIAL_S)
+        duplex = Duplex(control, Mailbox())
+        if not transfer.payload_bytes:
+            _tell(duplex, transfer.message_every_s)
+            return Sent(control.congestion_control, 0.0, 0.0)
+        telling = (duplex, transfer.message_every_s)
+        threading.Thread(target=_tell, args=telling, daemon=True).start()
+    connection = dial(trust, "b", address, _hello("a", "data"), DIAL_S)
+    chosen = choose_congestion_control(connection, transfer.congestion_control)
+    cpu_s = time.process_time()
+    outbox = Outbox(connection, _note_end)
+    payload = memoryview(os.urandom(transfer.payload_bytes))
+    number = 0
+    try:
+        while True:
+            outbox.put(step_packet(number, payload, transfer.rows))
+            number += 1
+    except LinkError:  # the receiver has measured enough
+        cpu_s = time.process_time() - cpu_s
+    report = outbox.report()
+    outbox.abort()
+    frames = max(1, report.frames_sent)
+    overhead_bytes = report.tls_bytes_sent - report.payload_bytes_sent
+    return Sent(chosen, cpu_s / frames, overhead_bytes / frames)
+
+
+def choose_congestion_control(connection: Connection, name: str) -> str:
+    """Replace what the link chose for itself; what holds now."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as raw:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode("ascii"))
+        held = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return held.rstrip(b"\0").decode("ascii")
+
+
+def _tell(duplex: Duplex, every_s: float) -> None:
+    try:
+        while True:
+            duplex.send(Rows(lease=str(time.monotonic_ns()), rows=()))
+            time.sleep(every_s)
+    except LinkError:
+        return
+
+
+def _note_end(down: LinkDown) -> None:
+    """Every later `put` raises the same error, so nothing is to be done here."""
+
+
+def _trust(name: str, folder: Path) -> Trust:
+    keys = {each: load_identity(each, folder) for each in NAMES}
+    return Trust(keys[name], [Member(each, keys[each].certificate_pem) for each in NAMES])
+
+
+def _hello(name: str, purpose: Literal["data", "control"]) -> Hello:
+    return Hello(name=name, run=RUN, epoch=1, incarnation=7, purpose=purpose)
+
+
+def main() -> None:
+    """Be the end that the command line names."""
+    role, folder, address, *rest = sys.argv[1:]
+    transfer = Transfer(**json.loads(rest[-1]))
+    result: Received | Sent
+    if role == "receive":
+        result = receive(Path(folder), address, transfer)
+    else:
+        result = send(Path(folder), (address, int(rest[0])), transfer)
+    print(json.dumps(asdict(result)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
