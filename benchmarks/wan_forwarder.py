@@ -1,7 +1,7 @@
 """wan_forwarder.c again, for machines without a C compiler: python wan_forwarder.py SEED BOARD TUN...
 
 It has carried TCP at 400 Mbit/s and an MTU of 1500 within 4 %, but delivers 1 to 12 % of the packets
-over a millisecond late where the compiled one is late with few in 10,000: `late_packets` counts them.
+over a millisecond late, the compiled one mostly a few in 10,000: `late_packets` counts them.
 """
 
 import contextlib
