@@ -23,8 +23,8 @@ from flows.errors import ServerError
 DRAIN_S = 5.0
 START_LIMIT_S = 180.0
 """A first start migrates a fresh database: about 20 s on two busy cores."""
-CLIENT_RETRIES = 2
-"""Of a call to a server of our own, after 2 s and 4 s: once such a server is gone it stays gone."""
+CLIENT_RETRIES = 1
+"""Of a call to a server of our own, after 2 s: once such a server is gone it stays gone."""
 
 
 class EmbeddedServer:
