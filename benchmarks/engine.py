@@ -62,7 +62,7 @@ def ours_s(folder: Path, rows: Sequence[LeasedRow]) -> float:
     longest = max(len(row.token_ids) + row.max_new_tokens for row in rows)
     ring = Ring(slots=1, slot_rows=SLOT_ROWS, blocks=SLOT_ROWS * (longest // 16 + 1),
                 block_tokens=16, step_tokens=SLOT_ROWS + 256)  # fmt: skip
-    timed = timed_run(folder, rows, layers=8, stages=1, threads=THREADS, ring=ring)
+    timed = timed_run(folder, rows, [8], THREADS, ring)
     assert timed.output_tokens == sum(row.max_new_tokens for row in rows)
     return timed.seconds
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,10 @@ def greedy_row(number: int, ids: Sequence[int], new_tokens: int) -> LeasedRow:
 
 
 def timed_run(
-    model: Path, rows: Sequence[LeasedRow], layers: int, stages: int, threads: int, ring: Ring
+    model: Path, rows: Sequence[LeasedRow], split: Sequence[int], threads: int, ring: Ring
 ) -> Timed:
-    """Rows through a pipeline of equal stages, each a process; starting them is not counted."""
-    bounds = [layers * i // stages for i in range(stages + 1)]
+    """Rows through stages of so many layers, each a process; starting them is not counted."""
+    bounds = list(accumulate(split, initial=0))
     placed = tuple(StagePlan(f"stage-{i}", *ends) for i, ends in enumerate(pairwise(bounds)))
     plan = Plan((Pipeline(placed, (), 0, 0),), 0.0, 0.0, 0.0, 0.0, "")
     settings = StageSettings("benchmark", model, "float32", threads, ring)
