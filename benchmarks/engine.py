@@ -5,6 +5,7 @@ batch size, padded on the left, rows sorted by length; a batch runs until its lo
 It is also shown what no user could give it: batches of equal quotas. Loading is not counted.
 """
 
+import argparse
 import random
 import statistics
 import tempfile
@@ -25,7 +26,6 @@ THREADS = 2
 BATCHES = (32, 64, 128)
 TRIAL_TOKENS = 8
 """Tokens that every row makes while the best batch size is looked for."""
-REPEATS = 2
 SLOT_ROWS = 64
 
 
@@ -69,6 +69,9 @@ def ours_s(folder: Path, rows: Sequence[LeasedRow]) -> float:
 
 def main() -> None:
     """Interleave the contenders and report ratios of medians."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--repeats", type=int, default=3)
+    repeats = options.parse_args().repeats
     torch.set_num_threads(THREADS)
     rows = rows_of(ROWS)
     by_length = sorted(rows, key=lambda row: len(row.token_ids))
@@ -81,7 +84,7 @@ def main() -> None:
         trial = [row.model_copy(update={"max_new_tokens": TRIAL_TOKENS}) for row in by_length]
         best = min(BATCHES, key=lambda batch: generate_s(model, trial, batch))
         seconds: dict[str, list[float]] = {"ours": [], "by length": [], "by quota": []}
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             seconds["ours"].append(ours_s(folder, rows))
             seconds["by length"].append(generate_s(model, by_length, best))
             seconds["by quota"].append(generate_s(model, by_quota, best))

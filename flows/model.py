@@ -66,6 +66,8 @@ def open_model(job: Job) -> ModelFolder:
         encoder = PromptEncoder.load(folder, job.prompts.special_tokens)
     except ModelError as error:
         raise JobError(str(error)) from error
+    if job.prompts.messages_column and not encoder.has_template:
+        raise JobError(f"{folder}: has no chat template, which messages_column needs")
     context_tokens = _config_count(folder, "max_position_embeddings")
     vocabulary = _config_count(folder, "vocab_size")
     return ModelFolder(folder, _digest(folder, weights), context_tokens, vocabulary, encoder)

@@ -4,6 +4,7 @@ The worker is a child process with a pipe to this one: when this flow dies, howe
 pipe closes and the worker leaves.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def stage(member: str, spec_path: str) -> None:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
+            # Threads that wait by spinning take the cores from the stage they wait for.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             start_new_session=True,  # Ctrl-C is the driver's alone, which then says Stop
         )
         with worker:

@@ -79,6 +79,11 @@ class PromptEncoder:
             _silent_ids=frozenset(special),
         )
 
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be encoded at all."""
+        return bool(self._tokenizer.chat_template)
+
     def encode(self, prompt: str) -> list[int]:
         """The ids of a plain prompt, with what the tokenizer puts around one by default.
 

@@ -167,6 +167,19 @@ def test_a_model_that_cannot_be_used_is_refused(
 
 
 @pytest.mark.usefixtures("prefect_api")
+def test_messages_need_a_chat_template(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "chat_template.jinja").unlink()
+    rows = [{"id": "a", "messages": [{"role": "user", "content": "Hello"}]}]
+    job_file = write_job(tmp_path, model, rows, "p.jsonl", prompts={"messages_column": "messages"})
+    said = refused(job_file, capsys)
+    assert str(model) in said
+    assert "chat template" in said
+
+
+@pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize(
     ("family", "own", "named"),
     [
