@@ -71,7 +71,8 @@ def main() -> None:
     """Interleave the contenders and report ratios of medians."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--repeats", type=int, default=3)
-    repeats = options.parse_args().repeats
+    options.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    chosen = options.parse_args()
     torch.set_num_threads(THREADS)
     rows = rows_of(ROWS)
     by_length = sorted(rows, key=lambda row: len(row.token_ids))
@@ -82,9 +83,11 @@ def main() -> None:
         write_llama(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
         trial = [row.model_copy(update={"max_new_tokens": TRIAL_TOKENS}) for row in by_length]
-        best = min(BATCHES, key=lambda batch: generate_s(model, trial, batch))
+        best = chosen.batches[0]
+        if len(chosen.batches) > 1:
+            best = min(chosen.batches, key=lambda batch: generate_s(model, trial, batch))
         seconds: dict[str, list[float]] = {"ours": [], "by length": [], "by quota": []}
-        for _ in range(repeats):
+        for _ in range(chosen.repeats):
             seconds["ours"].append(ours_s(folder, rows))
             seconds["by length"].append(generate_s(model, by_length, best))
             seconds["by quota"].append(generate_s(model, by_quota, best))

@@ -179,7 +179,7 @@ def test_a_program_runs_in_its_host(make: MakeWan) -> None:
 
 @needs_namespaces
 def test_closing_ends_a_hosts_processes_and_their_children() -> None:
-    program = f"import subprocess; subprocess.Popen({SLEEP!r}); print(flush=True); input()"
+    program = f"import subprocess; subprocess.Popen({SLEEP!r}); print(flush=True); import time; time.sleep(60)"
     with Wan(("a", "b"), SWIFT) as wan:
         child = wan.popen("a", [sys.executable, "-c", program], stdout=subprocess.PIPE)
         assert child.stdout is not None
@@ -196,7 +196,7 @@ def test_closing_ends_a_hosts_processes_and_their_children() -> None:
 def test_nothing_outlives_a_killed_parent() -> None:
     program = (
         "from benchmarks.wan import Wan\n"
-        f"wan = Wan(('a', 'b')); wan.popen('a', {SLEEP!r}); print(flush=True); input()"
+        f"wan = Wan(('a', 'b')); wan.popen('a', {SLEEP!r}); print(flush=True); import time; time.sleep(60)"
     )
     root = FilePath(__file__).parent.parent
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdin=subprocess.PIPE,
