@@ -20,6 +20,7 @@ from tests.linked import wait_for
 MISSING = obstacle()
 SWIFT = Path(rate_bit_per_s=50e6, delay_s=0.002, queue_s=0.1)
 FORWARDERS = {"compiled": Namespaces, "python": partial(Namespaces, compiler=None)}
+STAY = "import time; stay = lambda: time.sleep(60)"
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 needs_namespaces = pytest.mark.skipif(MISSING is not None, reason=f"needs namespaces: {MISSING}")
@@ -179,7 +180,7 @@ def test_a_program_runs_in_its_host(make: MakeWan) -> None:
 
 @needs_namespaces
 def test_closing_ends_a_hosts_processes_and_their_children() -> None:
-    program = f"import subprocess; subprocess.Popen({SLEEP!r}); print(flush=True); import time; time.sleep(60)"
+    program = f"import subprocess; {STAY}; subprocess.Popen({SLEEP!r}); print(flush=True); stay()"
     with Wan(("a", "b"), SWIFT) as wan:
         child = wan.popen("a", [sys.executable, "-c", program], stdout=subprocess.PIPE)
         assert child.stdout is not None
@@ -196,7 +197,7 @@ def test_closing_ends_a_hosts_processes_and_their_children() -> None:
 def test_nothing_outlives_a_killed_parent() -> None:
     program = (
         "from benchmarks.wan import Wan\n"
-        f"wan = Wan(('a', 'b')); wan.popen('a', {SLEEP!r}); print(flush=True); import time; time.sleep(60)"
+        f"wan = Wan(('a', 'b')); wan.popen('a', {SLEEP!r}); print(flush=True); {STAY}; stay()"
     )
     root = FilePath(__file__).parent.parent
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdin=subprocess.PIPE,
