@@ -147,13 +147,14 @@ def _commit(writer: ResultWriter, store: JobStore) -> None:
 def finish(run: Run) -> Summary:
     """Prove that every row has exactly one result; RunError naming what is missing otherwise."""
     found = verify(run.store)
-    if run.unfit:
-        raise RunError(
-            f"{run.unfit} rows are longer than the plan's KV cache, and have no result; "
-            "run again with more memory, or with fewer stages on this machine"
-        )
     if not found.complete:
-        raise RunError(f"{run.job.name}: {'; '.join(found.problems())}")
+        problems = found.problems()
+        if run.unfit:
+            problems.append(
+                f"{run.unfit} rows are longer than the plan's KV cache: "
+                "run again with more memory, or with fewer stages on this machine"
+            )
+        raise RunError(f"{run.job.name}: {'; '.join(problems)}")
     if run.job.results is not None:
         export(run.store, run.job.results)
     run.ended("completed")

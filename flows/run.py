@@ -10,6 +10,7 @@ from secrets import token_hex
 from pydantic import JsonValue
 
 from flows.job import Job
+from flows.launch import EPOCH
 from flows.measure import Measured
 from flows.model import ModelFolder
 from flows.report import Tally
@@ -76,7 +77,7 @@ class Run:
         """Keep the plan and the facts that it rests on."""
         document = asdict(plan)
         self.plan_id = sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
-        document |= {"plan_id": self.plan_id, "epoch": 1, "created_at": _now()}
+        document |= {"plan_id": self.plan_id, "epoch": EPOCH, "created_at": _now()}
         self.store.write_run_file(self.id, "plan", document)
         cluster = {name: _finite(part) for name, part in asdict(measured.cluster).items()}
         self.store.write_run_file(self.id, "cluster", cluster)
