@@ -25,8 +25,10 @@ from stages.errors import LinkError
 from stages.frame import Dtype, Packet, run_number
 from stages.greeting import Listener, dial
 from stages.identity import Member, load_identity
+from stages.inbox import Inbox
 from stages.link import Connection, Trust
-from stages.mailbox import Arrival, Inbox, LinkDown, Mailbox, Outbox
+from stages.mailbox import Arrival, LinkDown, Mailbox
+from stages.outbox import Outbox
 from stages.wire import StepFrame
 
 RUN = "links"

@@ -308,6 +308,7 @@ def _objection(own: Hello, proven: str, hello: Hello) -> Refused | None:
 def _listen(host: str, port: int) -> socket.socket:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listening = socket.create_server(address[:2], family=family, backlog=128)
+    tune(listening)  # what it accepts inherits its room
     listening.settimeout(0.25)  # how soon the accepting thread sees that it is to end
     return listening
 

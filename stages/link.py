@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from stages.control import Hello, LinkReport
@@ -47,6 +48,13 @@ _TCP_OPTIONS = (
     ("TCP_KEEPCNT", 3),
     ("TCP_USER_TIMEOUT", SILENCE_MS),
 )
+
+BUFFER_BYTES = 16 * 2**20  # twice what is under way at 500 Mbit/s and a round trip of 130 ms
+_BUFFERS = (
+    (socket.SO_SNDBUF, "core/wmem_max", "ipv4/tcp_wmem"),
+    (socket.SO_RCVBUF, "core/rmem_max", "ipv4/tcp_rmem"),
+)
+"""Option, the most that a program may ask for, and the most that the kernel gives unasked."""
 
 
 class Trust:
@@ -269,14 +277,27 @@ def pieces(packet: Packet) -> Iterator[bytes | memoryview]:
 
 
 def tune(raw: socket.socket) -> None:
-    """Send small frames at once, notice dead peers, use BBR where allowed; buffers tune alone."""
+    """Send small frames at once, notice dead peers, use BBR where allowed, hold a long wire's bytes.
+
+    Room to receive counts from the first packet on, so a listening socket is tuned before it listens.
+    """
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, explicit_limit, tuned_limit in _BUFFERS:
+        allowed = 2 * min(BUFFER_BYTES, kernel_limit(explicit_limit))  # the kernel doubles it
+        if allowed > kernel_limit(tuned_limit):
+            raw.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
     for name, value in _TCP_OPTIONS:
         if hasattr(socket, name):  # not every system has every option
             raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if hasattr(socket, "TCP_CONGESTION"):
         with contextlib.suppress(OSError):  # not allowed here: the report says what runs instead
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+
+def kernel_limit(name: str) -> int:
+    """A limit under /proc/sys/net in bytes, of three numbers the last; 0 where there is none."""
+    path = Path("/proc/sys/net") / name
+    return int(path.read_text(encoding="ascii").split()[-1]) if path.is_file() else 0
 
 
 def _congestion_control(connection: socket.socket) -> str:

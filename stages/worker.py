@@ -42,8 +42,10 @@ from stages.frame import run_number
 from stages.greeting import Listener, dial, dial_once
 from stages.head import Head
 from stages.identity import Identity, Member
+from stages.inbox import Inbox
 from stages.link import Trust
-from stages.mailbox import Inbox, LinkDown, Mailbox, Outbox
+from stages.mailbox import LinkDown, Mailbox
+from stages.outbox import Outbox
 from stages.prompt import PromptEncoder
 from stages.wire import SampleFrame, StepFrame
 

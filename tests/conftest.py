@@ -1,4 +1,4 @@
-"""What tests share because it is slow to make: a Prefect server and a model on disk."""
+"""What tests share because it is slow to make, or of many files: a Prefect server, a model, a plan."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from stages.identity import Identity
     from tests.finished import FinishedJob
+    from tests.linked import Net
 
 TINY_CONTEXT = 100
 """Positions of the tiny model; no multiple of a KV block's tokens."""
@@ -55,3 +57,24 @@ def finished_job(
     from tests.finished import answer_prompts  # noqa: PLC0415
 
     return answer_prompts(tiny_model, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def link_keys(tmp_path_factory: pytest.TempPathFactory) -> "dict[str, Identity]":
+    """Key pairs of three members and of a stranger."""
+    from stages.identity import make_identity  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("keys")
+    return {name: make_identity(name, folder) for name in ("a", "b", "c", "stranger")}
+
+
+@pytest.fixture
+def net(link_keys: "dict[str, Identity]") -> "Iterator[Net]":
+    """A plan of three members, whose connections end with the test."""
+    from stages.identity import Member  # noqa: PLC0415
+    from tests.linked import Net  # noqa: PLC0415
+
+    net = Net(link_keys, [Member(name, link_keys[name].certificate_pem) for name in "abc"])
+    yield net
+    for close in reversed(net.closing):
+        close()

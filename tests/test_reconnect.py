@@ -13,8 +13,10 @@ import pytest
 from stages.control import Hello
 from stages.errors import LinkError, LinkTimeoutError, PeerClosedError
 from stages.greeting import Listener, dial_once
+from stages.inbox import Inbox
 from stages.link import Connection
-from stages.mailbox import Arrival, Inbox, LinkDown, Mailbox, Outbox
+from stages.mailbox import Arrival, LinkDown, Mailbox
+from stages.outbox import Outbox
 from tests.linked import Net, Relay, hello_of, plan_in, step_packet, unexpected, wait_for
 
 

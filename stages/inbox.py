@@ -1,0 +1,118 @@
+"""
+The receiving end of a data connection: one thread that reads, acknowledges, and outlives a break.
+
+What comes twice, because its acknowledgement was lost with a connection, is dropped by its number.
+"""
+
+import logging
+import threading
+
+from stages.control import LinkReport
+from stages.errors import LinkError, PeerClosedError, StageError
+from stages.greeting import Listener
+from stages.link import Connection
+from stages.mailbox import Arrival, LinkDown, Mailbox
+from stages.outbox import PATIENCE_S
+from stages.wire import Ack
+
+log = logging.getLogger(__name__)
+
+
+class Inbox:
+    """
+    The one thread that reads a data connection, into a mailbox, and acknowledges each frame.
+
+    With a `listener`, a connection that broke may be replaced by its peer for `patience_s` seconds;
+    only then, or when another incarnation of the peer dials, it is reported as down.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        mailbox: Mailbox,
+        listener: Listener | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.last_frame = -1
+        """Number of the last frame that the mailbox got."""
+        self._connection = connection
+        self._mailbox = mailbox
+        self._listener = listener
+        self._patience_s = patience_s if listener else 0.0
+        self._changed = threading.Condition()
+        self._next: Connection | None = None
+        self._restarted = False
+        self._closing = False
+        if listener is not None:
+            listener.route(connection.peer, self._adopt, lambda: self.last_frame)
+        self._thread = threading.Thread(
+            target=self._run, name=f"inbox-{connection.peer}", daemon=True
+        )
+        self._thread.start()
+
+    def report(self) -> LinkReport:
+        """What all connections of this inbox have carried."""
+        return self._connection.report()
+
+    def close(self) -> None:
+        """End the connection and its thread; what the mailbox holds stays there."""
+        if self._listener is not None:
+            self._listener.unroute(self._connection.peer)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._connection.close()
+        self._thread.join()
+        if self._next is not None:
+            self._next.close()
+
+    def _adopt(self, connection: Connection) -> None:
+        """Let a new connection of the peer take the place of the one in use."""
+        with self._changed:
+            if connection.hello.incarnation != self._connection.hello.incarnation:
+                self._restarted = True
+                connection.close()
+            else:
+                if self._next is not None:
+                    self._next.close()
+                self._next = connection
+            self._connection.close()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    self._read()
+                except LinkError as error:
+                    self._replace(error)
+        except StageError as error:
+            if not self._closing:
+                self._mailbox.report_down(LinkDown(self._connection, error))
+            self._connection.close()
+
+    def _read(self) -> None:
+        source = self._connection
+        while True:
+            frame = source.receive()
+            if frame.label.frame > self.last_frame:
+                self._mailbox.put(Arrival(source, frame))
+                self.last_frame = frame.label.frame
+            else:
+                source.counters.duplicates_dropped += 1
+            source.send(Ack(frame.label.epoch, self.last_frame).encode(source.run))
+
+    def _replace(self, error: LinkError) -> None:
+        """Go on with the connection that replaces a broken one; raises where none comes."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._next or self._restarted or self._closing, self._patience_s
+            )
+            if self._restarted:
+                raise PeerClosedError(f"{self._connection.peer} started anew") from error
+            if self._next is None or self._closing:
+                raise error
+            self._next.succeed(self._connection)
+            self._connection.close()
+            self._connection, self._next = self._next, None
+        log.info("link resumed peer=%s error=%s", self._connection.peer, error)

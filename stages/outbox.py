@@ -1,0 +1,173 @@
+"""
+The sending end of a data connection: one thread that writes, behind a bounded queue.
+
+A frame is kept until the receiver says that it holds it. A connection that breaks is a pause: the
+sender dials again, the same process answers, and the frames that it has not got are sent again.
+Numbers rise on every data connection.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from stages.control import LinkReport
+from stages.errors import LinkError, LinkTimeoutError, PeerClosedError, StageError
+from stages.frame import Packet
+from stages.link import Connection
+from stages.mailbox import LinkDown
+from stages.send_queue import Bell, SendQueue
+from stages.wire import Ack
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 20.0  # how long a broken connection may stay away before it counts as down
+REDIAL_PAUSE_S = 0.1
+WINDOW_FRAMES = 256  # their acknowledgements fit any socket's buffer, so neither end waits for both
+
+
+class Outbox:
+    """
+    The one thread that writes a data connection, behind a bounded queue.
+
+    At most `window` frames are unacknowledged at a time. With `redial`, a connection that broke is
+    dialled again for `patience_s` seconds, each call of `redial` being one `dial_once`. When it
+    is down for good, `on_down` is called once from that thread, and every later `put` raises the
+    same error.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        on_down: Callable[[LinkDown], None],
+        capacity: int = 8,
+        redial: Callable[[], Connection] | None = None,
+        patience_s: float = PATIENCE_S,
+        window: int = WINDOW_FRAMES,
+    ) -> None:
+        self._connection = connection
+        self._on_down = on_down
+        self._redial = redial
+        self._patience_s = patience_s
+        self._window = window
+        self._queue = SendQueue(connection.peer, capacity)
+        self._unacknowledged: deque[Packet] = deque()
+        self._bell = Bell()
+        self._aborted = threading.Event()
+        self._swapping = threading.Lock()
+        self._thread = threading.Thread(
+            target=self._run, name=f"outbox-{connection.peer}", daemon=True
+        )
+        self._thread.start()
+
+    def put(self, packet: Packet, timeout_s: float | None = None) -> None:
+        """Queue a frame; waits while the queue is full, LinkTimeoutError after `timeout_s`."""
+        self._queue.put(packet, timeout_s)
+        self._bell.ring()
+
+    def report(self) -> LinkReport:
+        """What all connections of this outbox have carried."""
+        return self._connection.report()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """
+        Wait until the peer holds every frame, then end the connection.
+
+        Raises the connection's error where it lost a frame, LinkTimeoutError where the peer did not
+        take them all in time.
+        """
+        self._queue.end()
+        self._bell.ring()
+        self._thread.join(timeout_s)
+        delivered = self._queue.finished
+        self.abort()
+        if not delivered:
+            raise LinkTimeoutError(f"{self._connection.peer} did not take the last frames")
+        self._queue.check_delivery()
+
+    def abort(self) -> None:
+        """End the connection at once; frames still queued are dropped."""
+        self._queue.end()
+        with self._swapping:
+            self._aborted.set()
+            self._connection.close()
+        self._bell.ring()
+        self._thread.join()
+        self._bell.close()
+
+    def _run(self) -> None:
+        try:
+            while (error := self._broken_by()) is not None:
+                self._reconnect(error)
+        except StageError as error:
+            self._queue.fail(error)
+            if not self._aborted.is_set():
+                self._on_down(LinkDown(self._connection, error))
+            self._connection.close()
+
+    def _broken_by(self) -> LinkError | None:
+        """Use the connection until it breaks; None when all was sent."""
+        try:
+            self._send_again()
+            self._send_all()
+        except LinkError as error:
+            return error
+        return None
+
+    def _send_again(self) -> None:
+        """Send what an earlier connection may have lost."""
+        for packet in tuple(self._unacknowledged):
+            self._connection.send(packet)
+            self._connection.counters.frames_sent_again += 1
+
+    def _send_all(self) -> None:
+        """Send frames as they come, until the queue has ended and the peer holds them all."""
+        while not self._queue.finished:
+            self._take_acks()
+            packet = None
+            if len(self._unacknowledged) < self._window:
+                packet = self._queue.take()
+            if packet is not None:
+                self._unacknowledged.append(packet)
+                self._connection.send(packet)
+            elif not self._queue.finished:
+                self._connection.wait(self._bell, None)
+                self._bell.quiet()
+
+    def _take_acks(self) -> None:
+        while self._connection.wait(self._bell, 0):
+            self._forget(Ack.decode(self._connection.receive()).frame)
+
+    def _forget(self, last_frame: int) -> None:
+        """Drop the frames that the peer holds."""
+        while self._unacknowledged and self._unacknowledged[0].frame <= last_frame:
+            self._unacknowledged.popleft()
+            self._queue.sent()
+
+    def _reconnect(self, error: LinkError) -> None:
+        """Dial until the same process answers, and learn which frames it has."""
+        broken = self._connection
+        broken.close()
+        connection = self._dialled(error)
+        connection.succeed(broken)
+        with self._swapping:
+            self._connection = connection
+            if self._aborted.is_set():
+                raise error
+        if connection.hello.incarnation != broken.hello.incarnation:
+            raise PeerClosedError(f"{broken.peer} started anew") from error
+        log.info("link resumed peer=%s error=%s", connection.peer, error)
+        self._forget(connection.hello.last_frame)
+
+    def _dialled(self, error: LinkError) -> Connection:
+        deadline_s = time.monotonic() + self._patience_s
+        while self._redial is not None and time.monotonic() < deadline_s:
+            if self._aborted.is_set():
+                break
+            try:
+                return self._redial()
+            except LinkError as again:
+                log.info("link still down peer=%s error=%s", self._connection.peer, again)
+            self._aborted.wait(REDIAL_PAUSE_S)
+        raise error
