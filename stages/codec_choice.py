@@ -9,6 +9,7 @@ and of a level its ratio r and its encoding and decoding speeds C and D (raw byt
 Where the stage's own work holds the CPU that the codec would use, that work adds to 1/C and 1/D.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from stages.codec import FAST, RAW
@@ -45,14 +46,18 @@ class _SizeClass:
 class LevelChooser:
     """One link's choice; fed by the link's sending thread, which alone may touch it.
 
-    `levels` are those that the job allows, raw among them. `overlapped` says whether coding and
+    `levels` are those that the job allows. `overlapped` says whether coding and
     sending run side by side. `compute_s_per_byte`: seconds of the stage's own work for a byte of
-    activation, where that work and the codec share a CPU; 0 where they do not.
+    activation, where that work and the codec share a CPU; 0 where they do not. The receiver says the
+    same of itself.
     """
 
     levels: tuple[str, ...] = (RAW, FAST)
     overlapped: bool = True
     compute_s_per_byte: float = 0.0
+    peer_compute_s_per_byte: float = 0.0
+    start: str = RAW
+    """The level to use until the link's speed is known; one of `levels`."""
     link_s_per_byte: float = 0.0
     """Running mean of `delivered`; 0 until the first."""
     _classes: dict[int, _SizeClass] = field(default_factory=dict)
@@ -93,13 +98,15 @@ class LevelChooser:
     def _class(self, raw_bytes: int) -> _SizeClass:
         number = sum(raw_bytes >> bits > 0 for bits in _CLASS_BITS)
         if number not in self._classes:
-            self._classes[number] = _SizeClass({level: _Seen() for level in self.levels}, RAW)
+            self._classes[number] = _SizeClass(
+                {level: _Seen() for level in self.levels}, self.start
+            )
         return self._classes[number]
 
     def _s_per_byte(self, seen: _Seen) -> float:
         send_s = seen.frame_bytes_per_byte * self.link_s_per_byte
         encode_s = seen.encode_s_per_byte + self.compute_s_per_byte
-        decode_s = seen.decode_s_per_byte + self.compute_s_per_byte
+        decode_s = seen.decode_s_per_byte + self.peer_compute_s_per_byte
         steps = (encode_s, send_s, decode_s)
         return max(steps) if self.overlapped else sum(steps)
 
@@ -115,11 +122,13 @@ class LevelChooser:
 
     def _best(self, size: _SizeClass) -> str:
         """The level in use, or another that costs enough less; raw once it costs no more."""
+        if not self.link_s_per_byte:
+            return size.level
         cost_s = {level: self._s_per_byte(seen) for level, seen in size.seen.items()}
         best = min(cost_s, key=cost_s.__getitem__)
         if TO_SWITCH * cost_s[best] < cost_s[size.level]:
             size.level = best
-        if cost_s[RAW] <= cost_s[size.level]:
+        if cost_s.get(RAW, math.inf) <= cost_s[size.level]:
             size.level = RAW
         return size.level
 

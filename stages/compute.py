@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from planner.schedule import Step
-from stages.codec import ITEM_BYTES, LEVELS, RAW, decode, encode
-from stages.config import Lossless, StageSpec
-from stages.errors import FrameError
-from stages.frame import Dtype
+from stages.config import StageSpec
+from stages.frame import RAW, Dtype
 from stages.sampling import Sampler, SamplingParams
 from stages.shard import Shard, ShardSpec
 from stages.wire import Admit, SampleFrame, StepFrame
@@ -20,7 +18,6 @@ _TAGS = {
     torch.float16: Dtype.FLOAT16,
 }
 _DTYPES = {tag: dtype for dtype, tag in _TAGS.items()}
-_RAW_TAG = LEVELS.index(RAW)
 
 
 @dataclass(slots=True)
@@ -35,11 +32,8 @@ class Tachograph:
 class StageCompute:
     """A shard with its KV cache and, on the last stage, its sampler; owned by one thread."""
 
-    def __init__(
-        self, shard: Shard, blocks: int, block_tokens: int, epoch: int, codec: Lossless = RAW
-    ) -> None:
+    def __init__(self, shard: Shard, blocks: int, block_tokens: int, epoch: int) -> None:
         self.shard = shard
-        self._codec = codec
         self._cache = shard.new_cache(blocks, block_tokens)
         self._sampler = Sampler()
         self._epoch = epoch
@@ -49,7 +43,7 @@ class StageCompute:
         """Load the spec's layers; raises ModelError."""
         model = spec.model
         shard = Shard.load(ShardSpec(model.folder, model.first_layer, model.end_layer, model.dtype))
-        return cls(shard, spec.ring.blocks, spec.ring.block_tokens, spec.epoch, spec.codec)
+        return cls(shard, spec.ring.blocks, spec.ring.block_tokens, spec.epoch)
 
     def begin(self, step: Step, ids: Tensor, admits: tuple[Admit, ...]) -> StepFrame | SampleFrame:
         """The head's part: embed token ids [step.tokens], then the layers."""
@@ -69,13 +63,10 @@ class StageCompute:
         return self._passed_on(step, out, admits)
 
     def _passed_on(self, step: Step, hidden: Tensor, admits: tuple[Admit, ...]) -> StepFrame:
-        tag = _TAGS[hidden.dtype]
-        payload, codec = hidden.contiguous().view(torch.uint8).numpy().data, _RAW_TAG
-        if self._codec != RAW:
-            coded = encode(payload, tag.name.lower(), hidden.shape, self._codec)
-            if coded.level != RAW:  # what does not get smaller goes as it is, without a header
-                payload, codec = memoryview(coded.tobytes()), LEVELS.index(coded.level)
-        return StepFrame(self._epoch, step, hidden.shape[1], tag, payload, codec, admits)
+        payload = hidden.contiguous().view(torch.uint8).numpy().data
+        return StepFrame(
+            self._epoch, step, hidden.shape[1], _TAGS[hidden.dtype], payload, admits=admits
+        )
 
     def _sampled(self, step: Step, logits: Tensor, admits: tuple[Admit, ...]) -> SampleFrame:
         self._sampler.drop(step.ended)
@@ -94,16 +85,7 @@ class StageCompute:
 
 
 def _array(frame: StepFrame) -> Tensor:
-    """The frame's activations [tokens, hidden]; raw ones share the frame's buffer."""
-    shape, dtype = (frame.step.tokens, frame.hidden), frame.dtype.name.lower()
-    buffer = frame.payload
-    if frame.codec != _RAW_TAG:
-        nbytes = shape[0] * shape[1] * ITEM_BYTES[dtype]
-        decoded = decode(frame.payload, max_bytes=nbytes)
-        if (decoded.shape, decoded.dtype) != (shape, dtype):
-            raise FrameError(
-                f"frame {frame.step.frame} says {dtype} {shape}, "
-                f"and its payload {decoded.dtype} {decoded.shape}"
-            )
-        buffer = decoded.buffer.data
-    return torch.frombuffer(buffer, dtype=_DTYPES[frame.dtype]).view(shape)
+    """The frame's activations [tokens, hidden], in the frame's own buffer."""
+    assert frame.codec == RAW, "the link has decoded what it carried"
+    flat = torch.frombuffer(frame.payload, dtype=_DTYPES[frame.dtype])
+    return flat.view(frame.step.tokens, frame.hidden)

@@ -13,7 +13,9 @@ from planner.schedule import RingShape
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
 Lossless = Literal["raw", "fast"]
-"""Codec levels that change no bit; the plan chooses one for each link."""
+"""Codec levels that change no bit; the plan chooses one for each link to begin with."""
+Activations = Literal["exact", "int8"]
+"""What links make of activations: the same bits, or eight bits an element."""
 
 
 class _Strict(BaseModel):
@@ -65,7 +67,8 @@ class StageSpec(_Strict):
     model: ModelSpec
     ring: Ring
     codec: Lossless = "raw"
-    """Of the link to the next stage."""
+    """Of the link to the next stage, until the link itself was measured."""
+    activations: Activations = "exact"
     driver: str
     driver_address: Address
     listen: Address

@@ -20,7 +20,7 @@ from pydantic import (
 from stages.errors import FrameError
 from stages.frame import MAX_ROWS, Frame, Kind, Label, Packet, run_number, seal
 from stages.identity import NAME_PATTERN
-from stages.wire import MAX_POSITION, Ack, SampleFrame, StepFrame
+from stages.wire import MAX_POSITION, Ack, ProfileFrame, ProfileHeld, SampleFrame, StepFrame
 
 MAX_TEXT_CHARS = 4000  # of an error's message; the rest is cut, for the crash path must not crash
 MAX_ROW_TOKENS = 2**22
@@ -168,15 +168,35 @@ class LinkReport(_Record):
     frames_sent: Count
     frames_received: Count
     payload_bytes_sent: Count
+    """Activations as coded, and token ids."""
     payload_bytes_received: Count
+    framing_bytes_sent: Count
+    """Prefixes and headers of what carries payload."""
+    ack_bytes_sent: Count
+    control_bytes_sent: Count
+    """All else: heartbeats, leases, answers, profiles."""
     tls_bytes_sent: Count
-    """Plain bytes handed to TLS: prefixes, headers and payloads."""
+    """Plain bytes handed to TLS: the four above."""
     tls_bytes_received: Count
     blocked_s: Seconds
     """Seconds in which there was something to send and the connection took nothing."""
     reconnects: Count
     frames_sent_again: Count
     duplicates_dropped: Count
+    activation_bytes: Count = 0
+    """Of the activations sent, before they were coded."""
+    coded_bytes: Count = 0
+    """Of the same, after."""
+    level: str = Field(default="", max_length=16)
+    """The codec's level of most of them; empty where there were none."""
+    frames_waiting: Count = 0
+    """Frames queued or not yet acknowledged."""
+    bytes_per_s: float = Field(default=0, ge=0)
+    """What the link carries while it has work, as acknowledgements tell; 0 until they do."""
+    rtt_s: Seconds = 0.0
+    """Smoothed by TCP, like the next two; 0 where the system does not say."""
+    segments_sent: Count = 0
+    segments_sent_again: Count = 0
 
 
 class Heartbeat(_Message):
@@ -284,12 +304,14 @@ ControlMessage: TypeAlias = (
     Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | Answers | Stop
     | StageFailed | StepFailed
 )  # fmt: skip
-Message: TypeAlias = StepFrame | SampleFrame | Ack | ControlMessage
+Message: TypeAlias = StepFrame | SampleFrame | Ack | ProfileFrame | ProfileHeld | ControlMessage
 
 _BY_KIND: dict[Kind, type[Message]] = {
     Kind.STEP: StepFrame,
     Kind.SAMPLES: SampleFrame,
     Kind.ACK: Ack,
+    Kind.PROFILE: ProfileFrame,
+    Kind.PROFILE_HELD: ProfileHeld,
     **{
         message.kind: message
         for message in (

@@ -49,7 +49,7 @@ class Duplex:
         self._vitals = vitals
         self._heartbeat_s = heartbeat_s
         self._lost_after_s = lost_after_s
-        self._queue = SendQueue(connection.peer, capacity)
+        self._queue: SendQueue[Packet] = SendQueue(connection.peer, capacity)
         self._pieces: Iterator[bytes | memoryview] = iter(())
         self._piece = memoryview(b"")
         self._sending: Packet | None = None

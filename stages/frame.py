@@ -32,6 +32,7 @@ MAX_FRAME_BYTES = 256 * 2**20  # above any micro-batch we plan; a larger claim i
 MAX_HEADER_BYTES = 2**20
 MAX_ROWS = 4096  # records of one kind in a step
 MAX_CONTROL_BYTES = 2**20
+MAX_ACK_BYTES = 16
 MAX_GREETING_BYTES = 2**14  # read from a peer that has proved its key but not yet its place
 
 _PREFIX = struct.Struct("<2sBBBBHQQIIIIIQ")
@@ -59,6 +60,8 @@ class Kind(IntEnum):
     SAMPLES = 2
     STEP_FAILED = 3
     ACK = 4
+    PROFILE = 5
+    PROFILE_HELD = 6
     HELLO = 16
     WELCOME = 17
     REFUSED = 18
@@ -90,9 +93,10 @@ _ITEMSIZE = (0, 4, 2, 2, 4)
 _ACTIVATION_DTYPES = frozenset({Dtype.FLOAT32, Dtype.BFLOAT16, Dtype.FLOAT16})
 _KINDS = {int(kind): kind for kind in Kind}
 _DTYPES = {int(dtype): dtype for dtype in Dtype}
-RING_KINDS = frozenset({Kind.STEP, Kind.SAMPLES, Kind.STEP_FAILED})
+RING_KINDS = frozenset({Kind.STEP, Kind.SAMPLES, Kind.STEP_FAILED, Kind.PROFILE})
 GREETING_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.REFUSED})
-ACK_KINDS = frozenset({Kind.ACK})
+PAYLOAD_KINDS = frozenset({Kind.STEP, Kind.SAMPLES})
+ACK_KINDS = frozenset({Kind.ACK, Kind.PROFILE_HELD})
 CONTROL_KINDS = frozenset(Kind) - RING_KINDS - GREETING_KINDS - ACK_KINDS
 _BULKY = frozenset({Kind.STEP, Kind.SAMPLES, Kind.ROWS, Kind.ANSWERS})
 RAW = 0
@@ -121,6 +125,7 @@ class Packet:
 
     head: bytes
     payload: memoryview
+    kind: Kind
     frame: int
     """The number in its label."""
 
@@ -161,7 +166,7 @@ def seal(label: Label, header: bytes, payload: Bytes) -> Packet:
     _check_label(label, len(header), len(body))
     prefix = _packed(label, len(header), len(body), _checksum(header, body))
     head = b"".join((prefix, _CHECK.pack(_prefix_check(prefix)), header))
-    return Packet(head, body, label.frame)
+    return Packet(head, body, label.kind, label.frame)
 
 
 def _packed(label: Label, header_bytes: int, payload_bytes: int, checksum: int) -> bytes:
@@ -241,8 +246,8 @@ def _check_label(label: Label, header_bytes: int, payload_bytes: int) -> None:
 def _payload_limit(kind: Kind) -> int:
     if kind in _BULKY:
         return MAX_FRAME_BYTES
-    if kind is Kind.ACK:
-        return 0
+    if kind in ACK_KINDS:
+        return MAX_ACK_BYTES
     return MAX_GREETING_BYTES if kind in GREETING_KINDS else MAX_CONTROL_BYTES
 
 

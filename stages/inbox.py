@@ -1,5 +1,6 @@
 """
-The receiving end of a data connection: one thread that reads, acknowledges, and outlives a break.
+The receiving end of a data connection: one thread that reads, decodes, acknowledges, and outlives a
+break.
 
 What comes twice, because its acknowledgement was lost with a connection, is dropped by its number.
 """
@@ -9,11 +10,12 @@ import threading
 
 from stages.control import LinkReport
 from stages.errors import LinkError, PeerClosedError, StageError
+from stages.frame import Kind
 from stages.greeting import Listener
 from stages.link import Connection
+from stages.link_codec import LinkDecoder
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import PATIENCE_S
-from stages.wire import Ack
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class Inbox:
         mailbox: Mailbox,
         listener: Listener | None = None,
         patience_s: float = PATIENCE_S,
+        decoder: LinkDecoder | None = None,
     ) -> None:
         self.last_frame = -1
         """Number of the last frame that the mailbox got."""
@@ -39,6 +42,7 @@ class Inbox:
         self._mailbox = mailbox
         self._listener = listener
         self._patience_s = patience_s if listener else 0.0
+        self._decoder = decoder or LinkDecoder()
         self._changed = threading.Condition()
         self._next: Connection | None = None
         self._restarted = False
@@ -95,12 +99,17 @@ class Inbox:
         source = self._connection
         while True:
             frame = source.receive()
+            self._decoder.came()
+            if frame.label.kind is Kind.PROFILE:
+                source.send(self._decoder.learned(frame).encode(source.run))
+                continue
             if frame.label.frame > self.last_frame:
-                self._mailbox.put(Arrival(source, frame))
+                self._mailbox.put(Arrival(source, self._decoder.opened(frame)))
                 self.last_frame = frame.label.frame
             else:
                 source.counters.duplicates_dropped += 1
-            source.send(Ack(frame.label.epoch, self.last_frame).encode(source.run))
+            word = self._decoder.acknowledgement(frame.label.epoch, self.last_frame)
+            source.send(word.encode(source.run))
 
     def _replace(self, error: LinkError) -> None:
         """Go on with the connection that replaces a broken one; raises where none comes."""
@@ -115,4 +124,5 @@ class Inbox:
             self._next.succeed(self._connection)
             self._connection.close()
             self._connection, self._next = self._next, None
+        self._decoder.reconnected()
         log.info("link resumed peer=%s error=%s", self._connection.peer, error)

@@ -27,6 +27,8 @@ from stages.errors import (
     PeerRefusedError,
 )
 from stages.frame import (
+    ACK_KINDS,
+    PAYLOAD_KINDS,
     Frame,
     FrameReader,
     Kind,
@@ -35,6 +37,7 @@ from stages.frame import (
     run_number,
 )
 from stages.identity import Identity, Member, pin
+from stages.link_meter import TcpState
 from stages.send_queue import Bell
 
 Purpose: TypeAlias = Literal["data", "control"]
@@ -99,12 +102,20 @@ class Counters:
     frames_received: int = 0
     payload_bytes_sent: int = 0
     payload_bytes_received: int = 0
-    tls_bytes_sent: int = 0
+    framing_bytes_sent: int = 0
+    ack_bytes_sent: int = 0
+    control_bytes_sent: int = 0
     tls_bytes_received: int = 0
     blocked_s: float = 0.0
     reconnects: int = 0
     frames_sent_again: int = 0
     duplicates_dropped: int = 0
+
+    @property
+    def tls_bytes_sent(self) -> int:
+        """Plain bytes handed to TLS, of every kind."""
+        coded = self.payload_bytes_sent + self.framing_bytes_sent
+        return coded + self.ack_bytes_sent + self.control_bytes_sent
 
 
 class Connection:
@@ -147,6 +158,9 @@ class Connection:
             frames_received=c.frames_received,
             payload_bytes_sent=c.payload_bytes_sent,
             payload_bytes_received=c.payload_bytes_received,
+            framing_bytes_sent=c.framing_bytes_sent,
+            ack_bytes_sent=c.ack_bytes_sent,
+            control_bytes_sent=c.control_bytes_sent,
             tls_bytes_sent=c.tls_bytes_sent,
             tls_bytes_received=c.tls_bytes_received,
             blocked_s=c.blocked_s,
@@ -154,6 +168,10 @@ class Connection:
             frames_sent_again=c.frames_sent_again,
             duplicates_dropped=c.duplicates_dropped,
         )
+
+    def tcp_state(self) -> TcpState:
+        """What the system says of the connection; for the using thread."""
+        return TcpState.of(self._tls)
 
     def succeed(self, broken: "Connection") -> None:
         """Take over the counters of the connection that this one replaces."""
@@ -218,9 +236,15 @@ class Connection:
 
     def note_sent(self, packet: Packet) -> None:
         """Count a frame that went out whole."""
-        self.counters.frames_sent += 1
-        self.counters.payload_bytes_sent += len(packet.payload)
-        self.counters.tls_bytes_sent += packet.size
+        counters = self.counters
+        counters.frames_sent += 1
+        if packet.kind in PAYLOAD_KINDS:
+            counters.payload_bytes_sent += len(packet.payload)
+            counters.framing_bytes_sent += len(packet.head)
+        elif packet.kind in ACK_KINDS:
+            counters.ack_bytes_sent += packet.size
+        else:
+            counters.control_bytes_sent += packet.size
 
     def finish(self) -> None:
         """Tell the peer that nothing more will be sent; it may still send."""
@@ -264,7 +288,8 @@ class Connection:
         if frame is not None:
             check_place(frame.label, self.run, self._epoch)
             self.counters.frames_received += 1
-            self.counters.payload_bytes_received += len(frame.payload)
+            if frame.label.kind in PAYLOAD_KINDS:
+                self.counters.payload_bytes_received += len(frame.payload)
         return frame
 
 

@@ -12,13 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from stages.control import LinkReport
+from stages.control import LinkReport, decode
 from stages.errors import LinkError, LinkTimeoutError, PeerClosedError, StageError
 from stages.frame import Packet
 from stages.link import Connection
+from stages.link_codec import LinkEncoder
 from stages.mailbox import LinkDown
 from stages.send_queue import Bell, SendQueue
-from stages.wire import Ack
+from stages.wire import Ack, ProfileHeld, StepFrame
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,15 @@ class Outbox:
         redial: Callable[[], Connection] | None = None,
         patience_s: float = PATIENCE_S,
         window: int = WINDOW_FRAMES,
+        encoder: LinkEncoder | None = None,
     ) -> None:
         self._connection = connection
         self._on_down = on_down
         self._redial = redial
         self._patience_s = patience_s
         self._window = window
-        self._queue = SendQueue(connection.peer, capacity)
+        self._encoder = encoder or LinkEncoder(connection.run)
+        self._queue: SendQueue[Packet | StepFrame] = SendQueue(connection.peer, capacity)
         self._unacknowledged: deque[Packet] = deque()
         self._bell = Bell()
         self._aborted = threading.Event()
@@ -61,14 +64,18 @@ class Outbox:
         )
         self._thread.start()
 
-    def put(self, packet: Packet, timeout_s: float | None = None) -> None:
-        """Queue a frame; waits while the queue is full, LinkTimeoutError after `timeout_s`."""
-        self._queue.put(packet, timeout_s)
+    def put(self, message: Packet | StepFrame, timeout_s: float | None = None) -> None:
+        """Queue a frame; waits while the queue is full, LinkTimeoutError after `timeout_s`.
+
+        A StepFrame's activation is coded when its turn to be sent comes, by the sending thread.
+        """
+        self._queue.put(message, timeout_s)
         self._bell.ring()
 
     def report(self) -> LinkReport:
-        """What all connections of this outbox have carried."""
-        return self._connection.report()
+        """What all connections of this outbox have carried, and what their link was seen to do."""
+        waiting = {"frames_waiting": self._queue.waiting}
+        return self._encoder.report(self._connection.report().model_copy(update=waiting))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """
@@ -109,6 +116,7 @@ class Outbox:
     def _broken_by(self) -> LinkError | None:
         """Use the connection until it breaks; None when all was sent."""
         try:
+            self._introduce()
             self._send_again()
             self._send_all()
         except LinkError as error:
@@ -118,26 +126,49 @@ class Outbox:
     def _send_again(self) -> None:
         """Send what an earlier connection may have lost."""
         for packet in tuple(self._unacknowledged):
+            self._encoder.sending(packet)
             self._connection.send(packet)
             self._connection.counters.frames_sent_again += 1
 
     def _send_all(self) -> None:
         """Send frames as they come, until the queue has ended and the peer holds them all."""
         while not self._queue.finished:
-            self._take_acks()
-            packet = None
+            self._take_words()
+            self._announce()
+            message = None
             if len(self._unacknowledged) < self._window:
-                packet = self._queue.take()
-            if packet is not None:
+                message = self._queue.take()
+            if message is not None:
+                packet = self._encoder.packet(message)
                 self._unacknowledged.append(packet)
+                self._encoder.sending(packet)
                 self._connection.send(packet)
             elif not self._queue.finished:
                 self._connection.wait(self._bell, None)
                 self._bell.quiet()
 
-    def _take_acks(self) -> None:
+    def _introduce(self) -> None:
+        """Have a new connection's peer hold the profile before frames come that need it."""
+        self._encoder.reconnected()
+        self._announce()
+        while self._encoder.waiting_for_word:
+            self._take_word()
+
+    def _announce(self) -> None:
+        profile = self._encoder.announcement()
+        if profile is not None:
+            self._connection.send(profile)
+
+    def _take_words(self) -> None:
         while self._connection.wait(self._bell, 0):
-            self._forget(Ack.decode(self._connection.receive()).frame)
+            self._take_word()
+
+    def _take_word(self) -> None:
+        word = decode(self._connection.receive())
+        assert isinstance(word, Ack | ProfileHeld), "the connection takes no other kinds"
+        self._encoder.heard(word, self._connection.tcp_state())
+        if isinstance(word, Ack):
+            self._forget(word.frame)
 
     def _forget(self, last_frame: int) -> None:
         """Drop the frames that the peer holds."""

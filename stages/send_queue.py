@@ -6,9 +6,11 @@ import contextlib
 import socket
 import threading
 from collections import deque
+from typing import Generic, TypeVar
 
 from stages.errors import LinkError, LinkTimeoutError, StageError
-from stages.frame import Packet
+
+T = TypeVar("T")
 
 
 class Bell:
@@ -39,20 +41,20 @@ class Bell:
         self._clapper.close()
 
 
-class SendQueue:
+class SendQueue(Generic[T]):
     """Frames that wait for the one thread that sends; its error reaches whoever adds more."""
 
     def __init__(self, peer: str, capacity: int) -> None:
         self._peer = peer
         self._capacity = capacity
-        self._packets: deque[Packet] = deque()
+        self._packets: deque[T] = deque()
         self._changed = threading.Condition()
         self._in_hand = 0
         self._error: StageError | None = None
         self._lost = False
         self._ended = False
 
-    def put(self, packet: Packet, timeout_s: float | None) -> None:
+    def put(self, packet: T, timeout_s: float | None) -> None:
         """Add a frame; waits while the queue is full, LinkTimeoutError after `timeout_s`."""
         with self._changed:
             self._changed.wait_for(
@@ -67,7 +69,7 @@ class SendQueue:
             self._packets.append(packet)
             self._changed.notify_all()
 
-    def take(self) -> Packet | None:
+    def take(self) -> T | None:
         """The next frame, to be confirmed by `sent`; None where none waits."""
         with self._changed:
             if not self._packets:
@@ -80,6 +82,12 @@ class SendQueue:
         """Frames that were taken need no further care."""
         with self._changed:
             self._in_hand -= count
+
+    @property
+    def waiting(self) -> int:
+        """Frames that were put and are not confirmed."""
+        with self._changed:
+            return len(self._packets) + self._in_hand
 
     @property
     def finished(self) -> bool:

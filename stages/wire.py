@@ -17,12 +17,14 @@ from stages.frame import MAX_ROWS, RAW, Dtype, Frame, Kind, Label, Packet, pack,
 
 MAX_BLOCKS = 2**16 - 1  # KV blocks that one step grants
 MAX_POSITION = 2**31 - 1
+MAX_US = 2**32 - 1  # over an hour; what took longer is said to have taken that
 
 _COUNTS = struct.Struct("<4H")
 _SPAN = struct.Struct("<3I")
 _GRANT = struct.Struct("<2I")
 _ENDED = struct.Struct("<I")
 _ADMIT = struct.Struct("<IQQddI")
+_TIMES = struct.Struct("<3I")
 _SAMPLES_BIT = 1 << 31  # of a span's third number; the others count its tokens
 
 
@@ -111,18 +113,61 @@ class SampleFrame:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The receiver of a data connection holds every frame up to this one."""
+    """The receiver of a data connection holds every frame up to this one, which cost it so much."""
 
     epoch: int
     frame: int
+    held_us: int = 0
+    """From the frame's last byte to this acknowledgement: not the link's doing."""
+    decode_us: int = 0
+    work_us: int = 0
+    """The receiver's own work for such a frame, where decoding takes that work's CPU; else 0."""
 
     def encode(self, run: int) -> Packet:
-        """The frame's bytes: 56."""
-        return seal(Label(Kind.ACK, run, self.epoch, frame=self.frame), b"", b"")
+        """The frame's bytes: 72."""
+        label = Label(Kind.ACK, run, self.epoch, frame=self.frame)
+        times = (min(us, MAX_US) for us in (self.held_us, self.decode_us, self.work_us))
+        return seal(label, b"", _TIMES.pack(*times))
 
     @classmethod
     def decode(cls, frame: Frame) -> Self:
         """The acknowledgement of an ACK frame."""
+        if len(frame.payload) != _TIMES.size:
+            raise FrameError(f"an acknowledgement of {len(frame.payload)} bytes of times")
+        return cls(frame.label.epoch, frame.label.frame, *_TIMES.unpack(frame.payload))
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileFrame:
+    """What the codec has learned of a boundary; holds for the connection that brings it."""
+
+    epoch: int
+    profile: bytes
+
+    def encode(self, run: int) -> Packet:
+        """The frame's bytes."""
+        return seal(Label(Kind.PROFILE, run, self.epoch), b"", self.profile)
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Self:
+        """The profile of a PROFILE frame, which the codec is to parse."""
+        return cls(frame.label.epoch, bytes(frame.payload))
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileHeld:
+    """The receiver can decode frames that were coded with this profile."""
+
+    epoch: int
+    profile_id: int
+
+    def encode(self, run: int) -> Packet:
+        """The frame's bytes."""
+        return seal(Label(Kind.PROFILE_HELD, run, self.epoch, frame=self.profile_id), b"", b"")
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Self:
+        """The acknowledgement of a PROFILE_HELD frame."""
         return cls(frame.label.epoch, frame.label.frame)
 
 

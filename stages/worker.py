@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from stages.codec import INT8, LEVELS
 from stages.compute import StageCompute, Tachograph
 from stages.config import Address, StageSpec
 from stages.control import (
@@ -44,6 +45,7 @@ from stages.head import Head
 from stages.identity import Identity, Member
 from stages.inbox import Inbox
 from stages.link import Trust
+from stages.link_codec import LOSSLESS, LinkDecoder, LinkEncoder
 from stages.mailbox import LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.prompt import PromptEncoder
@@ -72,6 +74,8 @@ class Worker:
         self._outbox: Outbox | None = None
         self._inbox: Inbox | None = None
         self._driver: Duplex
+        self.levels: tuple[str, ...] = LOSSLESS if self._exact else (INT8,)
+        """Among which the link to the next stage chooses; set before `live`."""
         self._incarnation = secrets.randbits(64)
 
     def live(self) -> None:
@@ -93,6 +97,13 @@ class Worker:
                         self._follow(compute)
             self._driver.send(self._vitals())  # the last word on what was done
             self._driver.close()
+
+    @property
+    def _exact(self) -> bool:
+        return self._spec.activations == "exact"
+
+    def _busy_s(self) -> float:
+        return self._done.busy_s
 
     def _hello(self, listening: Address | None = None, purpose: str = "data") -> Hello:
         spec = self._spec
@@ -177,12 +188,14 @@ class Worker:
             capacity=self._spec.ring.slots,
             redial=partial(dial_once, trust, next_stage, place, hello, REDIAL_S),
             patience_s=self._spec.lost_after_s,
+            encoder=LinkEncoder(self._run, self.levels, self._spec.codec, self._busy_s),
         )
         leave.callback(self._outbox.abort)
         arriving = listener.accept(RING_S)
         if arriving.peer != self._spec.previous or arriving.purpose != "data":
             raise ProtocolError(f"{arriving.peer} connected in place of {self._spec.previous}")
-        self._inbox = Inbox(arriving, self._mailbox, listener, self._spec.lost_after_s)
+        decoder = LinkDecoder(LOSSLESS if self._exact else LEVELS, self._busy_s)
+        self._inbox = Inbox(arriving, self._mailbox, listener, self._spec.lost_after_s, decoder)
         leave.callback(self._inbox.close)
         return True
 
@@ -210,7 +223,8 @@ class Worker:
 
     def _send(self, frame: StepFrame | SampleFrame | StepFailed) -> None:
         assert self._outbox is not None, "a pipeline of one stage sends nothing"
-        self._outbox.put(frame.encode(self._run))
+        # An activation is coded by the link's own thread, beside the next step's layers.
+        self._outbox.put(frame if isinstance(frame, StepFrame) else frame.encode(self._run))
 
     def _follow(self, compute: StageCompute) -> None:
         """A later stage: compute each frame as it comes, pass on what comes of it."""

@@ -107,12 +107,18 @@ def test_the_lossless_codec_changes_bytes_not_tokens(
     sent: dict[str, int] = {}
     for codec in ("raw", "fast"):
         workers: list[Worker] = []
-        plan, ring = plan_of(LAYERS, 2, codec), ring_settings(2, 16)
-        found = answers(folder, rows, plan, ring, workers.append)
+
+        def told(worker: Worker, codec: str = codec, workers: list[Worker] = workers) -> None:
+            worker.levels = (codec,)  # left to itself, a loopback link sends raw
+            workers.append(worker)
+
+        found = answers(folder, rows, plan_of(LAYERS, 2), ring_settings(2, 16), told)
         assert [list(found[i].output_ids) for i in range(ROWS)] == expected
         [head] = [w for w in workers if w._spec.is_head]
         assert head._outbox is not None
-        sent[codec] = head._outbox.report().payload_bytes_sent
+        report = head._outbox.report()
+        assert report.level == codec
+        sent[codec] = report.payload_bytes_sent
     assert sent["fast"] < 0.95 * sent["raw"]
 
 

@@ -51,7 +51,7 @@ from stages.frame import (
     check_place,
     run_number,
 )
-from stages.wire import Ack, Admit, SampleFrame, StepFrame
+from stages.wire import Ack, Admit, ProfileFrame, ProfileHeld, SampleFrame, StepFrame
 
 RUN = run_number("run-1")
 U32 = st.integers(0, 2**32 - 1)
@@ -85,6 +85,9 @@ CONTROL: tuple[ControlMessage, ...] = (
                 frames_received=2,
                 payload_bytes_sent=3,
                 payload_bytes_received=4,
+                framing_bytes_sent=3,
+                ack_bytes_sent=2,
+                control_bytes_sent=1,
                 tls_bytes_sent=5,
                 tls_bytes_received=6,
                 blocked_s=0.25,
@@ -139,7 +142,9 @@ CONTROL: tuple[ControlMessage, ...] = (
 MESSAGES: tuple[Message, ...] = (
     step_frame(),
     SampleFrame(3, 9, 2, (1, 2**31 - 1, 0)),
-    Ack(3, 9),
+    Ack(3, 9, 1, 2**32 - 1, 0),
+    ProfileFrame(3, bytes(range(99))),
+    ProfileHeld(3, 2**32 - 1),
     *CONTROL,
 )
 

@@ -1,0 +1,51 @@
+"""Whether a link's codec takes its processor time from the stage's own work, and how much work that is.
+
+A codec runs on a thread of its own. Where the machine has a core to spare it costs the work nothing;
+where it has none, every second of coding is a second less of layers.
+"""
+
+import time
+from collections.abc import Callable
+
+import psutil
+
+IDLE_CORES = 0.5  # with this much of the machine idle, a codec is in nobody's way
+LOOK_EVERY_S = 1.0
+
+
+def idle_s() -> float:
+    """Seconds that this machine's cores have idled since it started, summed."""
+    times = psutil.cpu_times()
+    return float(times.idle + getattr(times, "iowait", 0.0))
+
+
+class CpuShare:
+    """The stage's seconds of work for each byte that a link carries; used by that link's thread.
+
+    `busy_s` says how long the stage has worked since it started.
+    """
+
+    def __init__(
+        self,
+        busy_s: Callable[[], float],
+        idle_s: Callable[[], float] = idle_s,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._busy_s = busy_s
+        self._idle_s = idle_s
+        self._now_s = now_s
+        self._seen = (now_s(), idle_s(), busy_s())
+        self._bytes = 0
+        self._s_per_byte = 0.0
+
+    def s_per_byte(self, nbytes: int) -> float:
+        """With so many more bytes of activation carried: work a byte, or 0 while cores are idle."""
+        self._bytes += nbytes
+        now_s = self._now_s()
+        before_s, idled_s, worked_s = self._seen
+        if now_s - before_s >= LOOK_EVERY_S and self._bytes:
+            self._seen = (now_s, self._idle_s(), self._busy_s())
+            crowded = self._seen[1] - idled_s < IDLE_CORES * (now_s - before_s)
+            self._s_per_byte = (self._seen[2] - worked_s) / self._bytes if crowded else 0.0
+            self._bytes = 0
+        return self._s_per_byte

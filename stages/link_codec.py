@@ -1,0 +1,253 @@
+"""The codec of one link: what its sending thread codes with, and its receiving thread decodes with.
+
+Neither touches a socket. The encoder chooses each frame's level by what the link was seen to do,
+learns the boundary's profile from the first rows that it codes, announces it once for a connection,
+and codes with it once the peer has said that it holds it. The decoder holds the profile that its
+connection brought, and forgets it with the connection.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Final
+
+from stages.codec import FAST, LEVELS, RAW, decode, encode
+from stages.codec_choice import LevelChooser
+from stages.codec_profile import LEARNING_ROWS, Profile
+from stages.control import LinkReport
+from stages.cpu_share import CpuShare
+from stages.errors import FrameError
+from stages.frame import Frame, Kind, Packet
+from stages.link_meter import LinkMeter, TcpState
+from stages.wire import Ack, ProfileFrame, ProfileHeld, StepFrame
+
+LOSSLESS: Final = (RAW, FAST)
+MAX_CHANNELS: Final = 2**17  # of a profile that a peer announces
+
+
+def no_work() -> float:
+    """The busy seconds of whoever only passes frames on."""
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A coded frame that is under way."""
+
+    level: str
+    nbytes: int
+    """Before it was coded."""
+
+
+class LinkEncoder:
+    """
+    One outgoing link's codec and meter, over all its connections; the sending thread's alone.
+
+    It chooses among `levels`; `start` is the plan's one, until the link's speed is known.
+    """
+
+    def __init__(
+        self,
+        run: int,
+        levels: tuple[str, ...] = LOSSLESS,
+        start: str = RAW,
+        busy_s: Callable[[], float] = no_work,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.meter = LinkMeter()
+        self.activation_bytes = dict.fromkeys(LEVELS, 0)
+        """Of the activations sent, before they were coded, by their level."""
+        self.coded_bytes = 0
+        """Of all of them, after."""
+        self._run = run
+        self._chooser = LevelChooser(levels, start=start if start in levels else levels[0])
+        self._cpu = CpuShare(busy_s)
+        self._clock = clock
+        self._sent: dict[int, _Sent] = {}
+        self._rows: list[StepFrame] = []
+        """What the profile is to be learned from."""
+        self._epoch = 0
+        self._profile: Profile | None = None
+        self._learning = True
+        self._announced = False
+        self._held = False
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What the link carries while it has work; 0 while that is unknown."""
+        s_per_byte = self._chooser.link_s_per_byte
+        return 1 / s_per_byte if s_per_byte else 0.0
+
+    @property
+    def waiting_for_word(self) -> bool:
+        """Whether the profile was announced on this connection, and not acknowledged yet."""
+        return self._announced and not self._held
+
+    def report(self, carried: LinkReport) -> LinkReport:
+        """What the link was seen to do, beside what its connections have carried."""
+        activation_bytes = sum(self.activation_bytes.values())
+        level = max(self.activation_bytes, key=self.activation_bytes.__getitem__)
+        seen = {
+            "activation_bytes": activation_bytes,
+            "coded_bytes": self.coded_bytes,
+            "level": level if activation_bytes else "",
+            "bytes_per_s": self.bytes_per_s,
+            "rtt_s": self.meter.tcp.rtt_s,
+            "segments_sent": self.meter.segments_sent,
+            "segments_sent_again": self.meter.segments_sent_again,
+        }
+        return carried.model_copy(update=seen)
+
+    def reconnected(self) -> None:
+        """A new connection: its other end holds no profile."""
+        self._announced = self._held = False
+        self.meter.reconnected()
+
+    def announcement(self) -> Packet | None:
+        """The profile's frame, to be sent once for this connection as soon as there is a profile."""
+        if self._profile is None or self._announced:
+            return None
+        self._announced = True
+        return ProfileFrame(self._epoch, self._profile.tobytes()).encode(self._run)
+
+    def packet(self, message: Packet | StepFrame) -> Packet:
+        """The message as a packet: an activation is coded here, all else is one already."""
+        if isinstance(message, Packet):
+            return message
+        coded = self._coded(message)
+        raw_bytes = message.payload.nbytes
+        self.activation_bytes[LEVELS[coded.codec]] += raw_bytes
+        self.coded_bytes += coded.payload.nbytes
+        self._chooser.compute_s_per_byte = self._cpu.s_per_byte(raw_bytes)
+        if LEVELS[coded.codec] == FAST and self._learning:
+            self._learn(message)
+        return coded.encode(self._run)
+
+    def sending(self, packet: Packet) -> None:
+        """A packet that will be acknowledged is about to be sent."""
+        self.meter.sending(packet, self._clock())
+
+    def heard(self, word: Ack | ProfileHeld, tcp: TcpState) -> None:
+        """Learn from what the peer says of the frames it got."""
+        if isinstance(word, ProfileHeld):
+            self._held = self._profile is not None and word.profile_id == self._profile.id
+            return
+        seen = self.meter.acknowledged(word.frame, word.held_us / 1e6, self._clock(), tcp)
+        if seen is not None:
+            self._chooser.delivered(seen.nbytes, seen.busy_s)
+        sent = self._sent.get(word.frame)
+        for number in [number for number in self._sent if number <= word.frame]:
+            del self._sent[number]
+        if sent is not None:
+            self._chooser.decoded(sent.level, sent.nbytes, word.decode_us / 1e6)
+            self._chooser.peer_compute_s_per_byte = word.work_us / 1e6 / sent.nbytes
+
+    def _coded(self, step: StepFrame) -> StepFrame:
+        """The frame at the level that suits the link now."""
+        raw_bytes = step.payload.nbytes
+        level = self._chooser.choose(raw_bytes)
+        started_s = self._clock()
+        coded = step if level == RAW else self._shrunk(step, level)
+        coding_s = self._clock() - started_s
+        self._chooser.encoded(level, raw_bytes, coded.payload.nbytes, coding_s)
+        self._sent[step.step.frame] = _Sent(level, raw_bytes)
+        return coded
+
+    def _shrunk(self, step: StepFrame, level: str) -> StepFrame:
+        """The frame coded, or as it is where that makes it no smaller."""
+        profile = self._profile if self._held else None
+        coded = encode(step.payload, *_described(step), level, profile)
+        if coded.level == RAW:
+            return step
+        payload = memoryview(coded.tobytes())
+        return replace(step, payload=payload, codec=LEVELS.index(coded.level))
+
+    def _learn(self, step: StepFrame) -> None:
+        """Collect rows until they are enough for a profile, then make it."""
+        self._rows.append(step)
+        rows = sum(each.step.tokens for each in self._rows)
+        if rows < LEARNING_ROWS:
+            return
+        self._learning = False
+        self._epoch = step.epoch
+        dtype, (_, channels) = _described(step)
+        buffer = b"".join(each.payload for each in self._rows)
+        self._rows.clear()
+        with contextlib.suppress(ValueError):  # zeros among the numbers: there is nothing to learn
+            self._profile = Profile.learned(buffer, dtype, (rows, channels))
+
+
+class LinkDecoder:
+    """
+    One incoming link's codec; used by its receiving thread alone.
+
+    Frames at other `levels` are refused: what is lossy comes only where the job asked for it.
+    """
+
+    def __init__(
+        self,
+        levels: Collection[str] = LOSSLESS,
+        busy_s: Callable[[], float] = no_work,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._levels = frozenset(levels)
+        self._cpu = CpuShare(busy_s)
+        self._clock = clock
+        self._profiles: dict[int, Profile] = {}
+        self._came_s = 0.0
+        self._decode_s = 0.0
+        self._work_s = 0.0
+
+    def reconnected(self) -> None:
+        """A new connection brings its own profile."""
+        self._profiles.clear()
+
+    def came(self) -> None:
+        """A frame's last byte has arrived."""
+        self._came_s = self._clock()
+        self._decode_s = self._work_s = 0.0
+
+    def learned(self, frame: Frame) -> ProfileHeld:
+        """The answer to a profile, which from now on is held in place of any other."""
+        announced = ProfileFrame.decode(frame)
+        profile = Profile.parsed(announced.profile, MAX_CHANNELS)
+        self._profiles = {profile.id: profile}
+        return ProfileHeld(announced.epoch, profile.id)
+
+    def opened(self, frame: Frame) -> Frame:
+        """The frame with its activation as it was before coding; FrameError if it cannot be."""
+        label = frame.label
+        if label.kind is not Kind.STEP:
+            return frame
+        raw_bytes = label.rows * label.columns * label.dtype.itemsize
+        if label.codec != LEVELS.index(RAW):
+            frame = self._decoded(frame, raw_bytes)
+            self._decode_s = self._clock() - self._came_s
+        self._work_s = self._cpu.s_per_byte(raw_bytes) * raw_bytes
+        return frame
+
+    def acknowledgement(self, epoch: int, last_frame: int) -> Ack:
+        """What to tell the sender of the frame that came last."""
+        seconds = (self._clock() - self._came_s, self._decode_s, self._work_s)
+        return Ack(epoch, last_frame, *(round(1e6 * s) for s in seconds))
+
+    def _decoded(self, frame: Frame, raw_bytes: int) -> Frame:
+        label = frame.label
+        decoded = decode(frame.payload, max_bytes=raw_bytes, profiles=self._profiles)
+        if decoded.level not in self._levels or LEVELS.index(decoded.level) != label.codec:
+            raise FrameError(f"frame {label.frame} has no right to the level {decoded.level}")
+        named = (label.dtype.name.lower(), (label.rows, label.columns))
+        if (decoded.dtype, decoded.shape) != named:
+            raise FrameError(
+                f"frame {label.frame} says {named[0]} {named[1]}, "
+                f"and its payload {decoded.dtype} {decoded.shape}"
+            )
+        return replace(
+            frame, label=replace(label, codec=LEVELS.index(RAW)), payload=decoded.buffer.data
+        )
+
+
+def _described(step: StepFrame) -> tuple[str, tuple[int, int]]:
+    """An activation's dtype and shape, as the codec takes them."""
+    return step.dtype.name.lower(), (step.step.tokens, step.hidden)

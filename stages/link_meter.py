@@ -1,0 +1,121 @@
+"""What a link does with bytes, seen in passing: its rate, its round trip, what it lost.
+
+The rate comes from acknowledgements. A link is taken for a queue that serves frames one after the
+other, and then holds each back for a round trip: a frame's service ends a least round trip before
+its acknowledgement arrives, and begins when the frame was sent, or when the one before it ended. So
+idle time does not count, and neither does what the receiver did with the frame. Where the system
+tells TCP's least round trip and what it has delivered per second, they are used, and the larger rate
+holds: both err towards too little. Without them a link that never has two frames at once looks
+faster than it is, for then a frame's own time cannot be told from the round trip.
+"""
+
+import socket
+import struct
+from collections import deque
+from dataclasses import dataclass
+from typing import Final, Self
+
+from stages.frame import Packet
+
+SMALLEST_SAMPLE_BYTES: Final = 4096  # below, a frame tells of round trips, not of rates
+
+_TCP_INFO = struct.Struct("<68xI28xI44xI4xIQ")  # of Linux's tcp_info, the fields of TcpState
+
+
+@dataclass(frozen=True, slots=True)
+class TcpState:
+    """What the system says of a TCP connection; zeros where it says nothing."""
+
+    rtt_s: float = 0.0
+    min_rtt_s: float = 0.0
+    segments_sent: int = 0
+    segments_sent_again: int = 0
+    bytes_per_s: float = 0.0
+    """Delivered, by its latest sample that was not held back by a lack of bytes, or a larger one."""
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Self:
+        """The state now; raises OSError where the connection is closed."""
+        if not hasattr(socket, "TCP_INFO"):
+            return cls()
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(told) < _TCP_INFO.size:  # a kernel of before 2016
+            return cls()
+        rtt_us, again, min_rtt_us, sent, rate = _TCP_INFO.unpack(told)
+        return cls(rtt_us / 1e6, min_rtt_us / 1e6, sent, again, float(rate))
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What one acknowledgement tells of the link."""
+
+    nbytes: int
+    busy_s: float
+    """Seconds that the link spent on them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    frame: int
+    nbytes: int
+    sent_s: float
+
+
+class LinkMeter:
+    """One link's figures over all its connections; changed by its sending thread alone."""
+
+    def __init__(self) -> None:
+        self.tcp = TcpState()
+        self._earlier = TcpState()
+        """Sums of the connections before this one."""
+        self._under_way: deque[_UnderWay] = deque()
+        self._least_rtt_s = float("inf")
+        self._idle_since_s = 0.0
+
+    @property
+    def segments_sent(self) -> int:
+        """TCP segments with payload, on all connections."""
+        return self._earlier.segments_sent + self.tcp.segments_sent
+
+    @property
+    def segments_sent_again(self) -> int:
+        """Those that TCP had to repeat."""
+        return self._earlier.segments_sent_again + self.tcp.segments_sent_again
+
+    def reconnected(self) -> None:
+        """Nothing is under way on a new connection, and its path may be another."""
+        self._earlier = TcpState(
+            segments_sent=self.segments_sent, segments_sent_again=self.segments_sent_again
+        )
+        self.tcp = TcpState()
+        self._under_way.clear()
+        self._least_rtt_s = float("inf")
+
+    def sending(self, packet: Packet, now_s: float) -> None:
+        """A frame is about to be handed to TLS."""
+        self._under_way.append(_UnderWay(packet.frame, packet.size, now_s))
+
+    def acknowledged(
+        self, frame: int, held_s: float, now_s: float, tcp: TcpState
+    ) -> Delivery | None:
+        """The peer holds every frame up to this one, which it held for so long before it said so.
+
+        None where nothing is to be learned from it.
+        """
+        self.tcp = tcp
+        arrived = []
+        while self._under_way and self._under_way[0].frame <= frame:
+            arrived.append(self._under_way.popleft())
+        if not arrived:
+            return None
+        nbytes = sum(each.nbytes for each in arrived)
+        under_way_s = max(0.0, now_s - held_s - arrived[-1].sent_s)
+        self._least_rtt_s = min(self._least_rtt_s, under_way_s)
+        served_s = now_s - held_s - (tcp.min_rtt_s or self._least_rtt_s)
+        busy_s = max(0.0, served_s - max(arrived[0].sent_s, self._idle_since_s))
+        self._idle_since_s = max(served_s, self._idle_since_s)
+        if nbytes < SMALLEST_SAMPLE_BYTES:
+            return None
+        if tcp.bytes_per_s:
+            busy_s = min(busy_s, nbytes / tcp.bytes_per_s)
+        return Delivery(nbytes, busy_s)
