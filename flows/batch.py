@@ -100,7 +100,7 @@ def start_stages(fleet: Fleet) -> None:
 @task(cache_policy=NO_CACHE)
 def process(run: Run, fleet: Fleet, ring: Ring) -> None:
     """Lease rows to the head, take answers back, commit them; the one long task."""
-    names = RunNames(run.id, run.plan_id, EPOCH)
+    names = RunNames(run.id, run.plan_id, EPOCH, run.activations)
     clerk = Clerk(run.job, run.model, names, ring.blocks * ring.block_tokens)
     writer = ResultWriter(run.store, run.done)
     with run.tally.timed(), shown(run.tally):

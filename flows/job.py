@@ -58,6 +58,8 @@ class Job(_Strict):
     """A folder with a config, a tokenizer and safetensors."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     draft: Literal["none"] = "none"
+    activations: Literal["exact", "int8"] = "exact"
+    """What stages pass to one another: the same bits, or, lossy, eight bits a number."""
     prompts: Prompts
     sampling: Sampling = Sampling()
     results: str | None = None

@@ -22,8 +22,8 @@ from prefect.exceptions import PrefectException
 from flows.errors import FlowError, RunError, StageLostError
 from flows.stage import last_words, stage
 from planner.plan import Plan, StagePlan
-from stages.codec import FAST, RAW
-from stages.config import Address, DType, Lossless, ModelSpec, Ring, StageSpec
+from stages.codec import FAST, INT8, RAW
+from stages.config import Address, Codec, DType, ModelSpec, Ring, StageSpec
 from stages.control import (
     Answer,
     Answers,
@@ -54,7 +54,7 @@ JOIN_S = 180.0
 """From the start of a stage's process to its first word: imports, on a busy machine."""
 LEASE_TOKENS = 2**20
 """Prompt tokens in one message to a head, or one row if that has more."""
-CODECS: dict[str, Lossless] = {RAW: RAW, FAST: FAST}
+CODECS: dict[str, Codec] = {RAW: RAW, FAST: FAST, INT8: INT8}
 """A plan's words for a link's codec, as a stage is told them."""
 STOP_S = 15.0
 """For a stage to leave after Stop; whoever stays goes when this process does."""
@@ -79,8 +79,9 @@ class _Station:
 
     plan: StagePlan
     pipeline: int
-    codec: Lossless
+    codec: Codec
     """Of the link to the next stage."""
+    incoming_codec: Codec
     identity: Identity
     spec_path: Path
     link: Duplex | None = None
@@ -113,6 +114,7 @@ class Fleet:
                 s,
                 number,
                 next((CODECS[link.codec] for link in pipeline.links if link.source == s.node), RAW),
+                next((CODECS[link.codec] for link in pipeline.links if link.target == s.node), RAW),
                 make_identity(s.node, folder),
                 folder / f"{s.node}.json",
             )
@@ -212,6 +214,7 @@ class Fleet:
             ),
             ring=settings.ring,
             codec=station.codec,
+            incoming_codec=station.incoming_codec,
             driver=DRIVER,
             driver_address=Address(host=host, port=port),
             listen=Address(host=HOST, port=0),

@@ -37,6 +37,8 @@ class RunNames:
     run: str
     plan: str
     epoch: int
+    activations: str
+    """What links made of activations: exact or int8."""
 
 
 def in_order(rows: Iterator[PromptRow]) -> Iterator[PromptRow]:
@@ -109,6 +111,7 @@ class Clerk:
             error_message=answer.error_message,
             prompt_tokens=answer.prompt_tokens,
             output_tokens=answer.output_tokens,
+            activations=self._names.activations,
             replayed_tokens=answer.replayed_tokens,
             truncated=lease.cut_short and answer.finish_reason == "length",
             queued_s=answer.queued_s,

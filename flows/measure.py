@@ -13,7 +13,8 @@ import psutil
 from flows.errors import JobError, RunError
 from flows.job import Job
 from planner.facts import Cluster, CodecRate, LayerTimes, Link, ModelShape, Node
-from stages.config import REFUSED, ProbeFacts, ProbeSpec
+from stages.codec import FAST, INT8
+from stages.config import REFUSED, Codec, ProbeFacts, ProbeSpec
 
 USABLE_MEMORY = 0.8
 """Share of the free memory that a run may plan with; the rest is the system's and the driver's."""
@@ -27,7 +28,8 @@ class Measured:
     cluster: Cluster
     model: ModelShape
     codec: CodecRate
-    """The lossless codec on this model's activations."""
+    """The job's codec level on this model's activations."""
+    level: str
     threads: int
     """Threads that each stage computes with."""
     basis: tuple[str, ...]
@@ -38,7 +40,8 @@ def measure(job: Job, stages: int) -> Measured:
     """Probe this machine for a run of so many stages; JobError for a model that must be refused."""
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // stages)
-    spec = ProbeSpec(folder=Path(job.model), dtype=job.dtype, threads=threads)
+    level: Codec = INT8 if job.activations == INT8 else FAST
+    spec = ProbeSpec(folder=Path(job.model), dtype=job.dtype, threads=threads, codec=level)
     facts = _probed(spec)
     crowding = max(1.0, stages * threads / cores)
     free_bytes = psutil.virtual_memory().available
@@ -56,12 +59,12 @@ def measure(job: Job, stages: int) -> Measured:
         f"{1e3 * facts.decode_s:.2f} ms for {spec.decode_rows} rows of {spec.context_tokens}",
         f"{facts.layers} layers of {facts.layer_bytes / 2**20:.1f} MiB in {facts.dtype}; "
         f"{facts.kv_bytes_per_token_layer:.0f} bytes of keys and values per token and layer",
-        f"the lossless codec makes activations {codec.ratio:.2f} times smaller at "
+        f"codec level {level} makes activations {codec.ratio:.2f} times smaller at "
         f"{codec.bytes_per_s / 1e6:.0f} MB/s",
         f"loopback carries {facts.loopback_bytes_per_s / 1e6:.0f} MB/s at "
         f"{1e6 * facts.loopback_latency_s:.0f} us",
     )
-    return Measured(Cluster(nodes, links), _shape(facts), codec, threads, basis)
+    return Measured(Cluster(nodes, links), _shape(facts), codec, level, threads, basis)
 
 
 def _probed(spec: ProbeSpec) -> ProbeFacts:

@@ -13,7 +13,7 @@ from planner.facts import InfeasibleError, Lengths, Workload
 from planner.plan import Pipeline, Plan, StagePlan
 from planner.schedule import CHUNK_TOKENS
 from planner.solve import solve_in_order
-from stages.codec import FAST
+from stages.codec import INT8
 from stages.config import Ring
 from stages.errors import PromptError
 from storage.prompts import PromptRow
@@ -57,11 +57,21 @@ def make_plan(measured: Measured, work: Workload) -> Plan:
     """The fastest split of the layers over the nodes, in their order; RunError if none fits."""
     try:
         plan = solve_in_order(
-            measured.cluster, measured.model, replace(work, codec={FAST: measured.codec})
+            measured.cluster, measured.model, replace(work, codec={measured.level: measured.codec})
         )
     except InfeasibleError as error:
         raise RunError(f"no plan fits: {error}") from error
+    if measured.level == INT8:
+        plan = replace(plan, pipelines=tuple(_rounding(each) for each in plan.pipelines))
     return replace(plan, basis=(*measured.basis, *plan.basis))
+
+
+def _rounding(pipeline: Pipeline) -> Pipeline:
+    """With int8 on every link but the one that returns tokens: the job asked, not a link's speed."""
+    head = pipeline.stages[0].node
+    links = (replace(each, codec=INT8) for each in pipeline.links if each.target != head)
+    back = (each for each in pipeline.links if each.target == head)
+    return replace(pipeline, links=(*links, *back))
 
 
 def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: Workload) -> Ring:

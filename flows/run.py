@@ -15,6 +15,7 @@ from flows.measure import Measured
 from flows.model import ModelFolder
 from flows.report import Tally
 from planner.plan import Plan
+from stages.codec import INT8
 from stages.control import Heartbeat
 from storage.errors import JobNotFoundError
 from storage.files import shown
@@ -61,6 +62,8 @@ class Run:
         """What was answered when the run began."""
         self.id = f"{now:%Y%m%dT%H%M%S}-{token_hex(3)}"
         self.plan_id = ""
+        self.activations = "exact"
+        """What the plan's links make of activations: exact or int8."""
         self.unfit = 0
         """Rows that this run's plan had no memory for."""
         self.tally = Tally(done.rows, done.answered, done.failed, earlier=done.answered)
@@ -75,6 +78,8 @@ class Run:
 
     def planned(self, plan: Plan, measured: Measured) -> None:
         """Keep the plan and the facts that it rests on."""
+        if any(link.codec == INT8 for pipeline in plan.pipelines for link in pipeline.links):
+            self.activations = INT8
         document = asdict(plan)
         self.plan_id = sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
         document |= {"plan_id": self.plan_id, "epoch": EPOCH, "created_at": _now()}
@@ -145,7 +150,7 @@ def document(job: Job) -> dict[str, JsonValue]:
 
 def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:
     """Everything that the answers depend on, besides the prompts."""
-    return {
+    answers: dict[str, JsonValue] = {
         "model": model.digest,
         "tokenizer": model.encoder.tokenizer_sha256,
         "template": model.encoder.template_sha256,
@@ -154,6 +159,9 @@ def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:
         "draft": job.draft,
         "sampling": job.sampling.model_dump(mode="json"),
     }
+    if job.activations != "exact":  # what loses bits is named; what loses none changes no answer
+        answers["activations"] = job.activations
+    return answers
 
 
 def _links(vitals: Mapping[str, Heartbeat]) -> Iterator[dict[str, object]]:

@@ -12,10 +12,8 @@ from planner.schedule import RingShape
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
-Lossless = Literal["raw", "fast"]
-"""Codec levels that change no bit; the plan chooses one for each link to begin with."""
-Activations = Literal["exact", "int8"]
-"""What links make of activations: the same bits, or eight bits an element."""
+Codec = Literal["raw", "fast", "int8"]
+"""A link's codec level. Which of the first two is a link's own choice; int8 is the job's, and lossy."""
 
 
 class _Strict(BaseModel):
@@ -66,9 +64,10 @@ class StageSpec(_Strict):
     """Member names in ring order; the first is the head."""
     model: ModelSpec
     ring: Ring
-    codec: Lossless = "raw"
-    """Of the link to the next stage, until the link itself was measured."""
-    activations: Activations = "exact"
+    codec: Codec = "raw"
+    """Of the link to the next stage: int8, or what to use until the link itself was measured."""
+    incoming_codec: Codec = "raw"
+    """Of the link from the previous stage."""
     driver: str
     driver_address: Address
     listen: Address
@@ -122,6 +121,8 @@ class ProbeSpec(_Strict):
     decode_rows: Count = 32
     context_tokens: Count = 128
     repeats: Count = 5
+    codec: Codec = "fast"
+    """The codec level to measure."""
 
 
 REFUSED = 3
@@ -148,7 +149,7 @@ class ProbeFacts(_Strict):
     """From hidden states to the ids of `decode_rows` greedy tokens."""
     memory_bytes_per_s: float
     codec_ratio: float
-    """Raw bytes over coded bytes of the lossless codec, for the first layer's own output."""
+    """Raw bytes over coded bytes of the spec's codec, for the first layer's own output."""
     codec_bytes_per_s: float
     """Raw bytes a second of its slower side, on one thread."""
     loopback_latency_s: float

@@ -17,7 +17,7 @@ import torch
 
 from planner.schedule import Grant, Span, Step
 from stages.architecture import Model, body_of, read_config, whole_model
-from stages.codec import FAST, decode, encode
+from stages.codec import decode, encode
 from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
 from stages.errors import ModelError
 from stages.selfcheck import check
@@ -103,7 +103,7 @@ def _decode_s(shard: Shard, spec: ProbeSpec) -> float:
 
 
 def _codec(shard: Shard, spec: ProbeSpec) -> tuple[float, float]:
-    """Ratio and bytes a second of the lossless codec on what the first layer makes of some tokens."""
+    """Ratio and bytes a second of the spec's codec on what the first layer makes of some tokens."""
     count = spec.prefill_tokens
     blocks = -(-count // BLOCK_TOKENS)
     cache = shard.new_cache(blocks, BLOCK_TOKENS)
@@ -115,8 +115,8 @@ def _codec(shard: Shard, spec: ProbeSpec) -> tuple[float, float]:
     hidden = shard.forward(step, shard.embed(ids), cache).contiguous()
     payload = hidden.view(torch.uint8).numpy().data
     dtype, shape = _NAMES[hidden.dtype], hidden.shape
-    frame = encode(payload, dtype, shape, FAST).tobytes()
-    encode_s = _median_s(lambda: encode(payload, dtype, shape, FAST), spec.repeats)
+    frame = encode(payload, dtype, shape, spec.codec).tobytes()
+    encode_s = _median_s(lambda: encode(payload, dtype, shape, spec.codec), spec.repeats)
     decode_s = _median_s(lambda: decode(frame, max_bytes=payload.nbytes), spec.repeats)
     return payload.nbytes / len(frame), payload.nbytes / max(encode_s, decode_s)
 

@@ -74,7 +74,7 @@ class Worker:
         self._outbox: Outbox | None = None
         self._inbox: Inbox | None = None
         self._driver: Duplex
-        self.levels: tuple[str, ...] = LOSSLESS if self._exact else (INT8,)
+        self.levels: tuple[str, ...] = (INT8,) if spec.codec == INT8 else LOSSLESS
         """Among which the link to the next stage chooses; set before `live`."""
         self._incarnation = secrets.randbits(64)
 
@@ -97,10 +97,6 @@ class Worker:
                         self._follow(compute)
             self._driver.send(self._vitals())  # the last word on what was done
             self._driver.close()
-
-    @property
-    def _exact(self) -> bool:
-        return self._spec.activations == "exact"
 
     def _busy_s(self) -> float:
         return self._done.busy_s
@@ -194,7 +190,8 @@ class Worker:
         arriving = listener.accept(RING_S)
         if arriving.peer != self._spec.previous or arriving.purpose != "data":
             raise ProtocolError(f"{arriving.peer} connected in place of {self._spec.previous}")
-        decoder = LinkDecoder(LOSSLESS if self._exact else LEVELS, self._busy_s)
+        levels = LEVELS if self._spec.incoming_codec == INT8 else LOSSLESS
+        decoder = LinkDecoder(levels, self._busy_s)
         self._inbox = Inbox(arriving, self._mailbox, listener, self._spec.lost_after_s, decoder)
         leave.callback(self._inbox.close)
         return True

@@ -52,6 +52,8 @@ class ResultRow:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     truncated: bool = False
+    activations: str | None = None
+    """exact or int8: what travelled between stages; None where nothing was computed."""
     error_type: str | None = None
     error_message: str | None = None
     seed: int | None = None

@@ -14,7 +14,7 @@ from storage.prompts import PromptRow
 from storage.results import ResultRow
 from tests.conftest import TINY_CONTEXT
 
-NAMES = RunNames("run", "plan", 1)
+NAMES = RunNames("run", "plan", 1, "exact")
 
 
 @pytest.fixture

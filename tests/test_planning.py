@@ -1,6 +1,7 @@
 """What a plan is made from, and what its ring is told: lengths that can occur, room for every row."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from flows.job import Job
 from flows.measure import Measured
 from flows.model import ModelFolder, open_model
-from flows.planning import ring_of, workload
-from planner.facts import Cluster, CodecRate, Lengths, ModelShape, Node, Workload
+from flows.planning import make_plan, ring_of, workload
+from planner.facts import Cluster, CodecRate, Lengths, Link, ModelShape, Node, Workload
 from planner.plan import Pipeline, StagePlan
 from storage.prompts import PromptRow
 from tests.conftest import TINY_CONTEXT
@@ -52,8 +53,28 @@ def test_a_ring_of_one_row_holds_the_whole_context() -> None:
         layers=2, hidden=8, layer_bytes=100, kv_bytes_per_token_layer=8.0,
         activation_value_bytes=4, embedding_bytes=100, head_bytes=100, flop_per_token_layer=100.0,
     )  # fmt: skip
-    measured = Measured(Cluster((node,)), shape, CodecRate(1.5, 1e9), 1, ())
+    measured = Measured(Cluster((node,)), shape, CodecRate(1.5, 1e9), "fast", 1, ())
     pipeline = Pipeline((StagePlan("n", 0, 2),), (), 1, 1)
     work = Workload(1, Lengths(50.0, 50.0), Lengths(50.0, 50.0))
     ring = ring_of(pipeline, measured, TINY_CONTEXT, work)
     assert ring.blocks * ring.block_tokens >= TINY_CONTEXT
+
+
+@pytest.mark.parametrize(("level", "bytes_per_s"), [("int8", 1e12), ("int8", 1e5), ("fast", 1e5)])
+def test_a_job_that_asks_for_int8_has_it_on_every_link_that_carries_activations(
+    level: str, bytes_per_s: float
+) -> None:
+    nodes = tuple(
+        Node(name=name, flop_per_s=1e9, memory_bytes=1.5e9, memory_bytes_per_s=1e9)
+        for name in ("a", "b")
+    )
+    links = tuple(Link(x.name, y.name, 0.001, bytes_per_s) for x, y in permutations(nodes, 2))
+    shape = ModelShape(
+        layers=2, hidden=8, layer_bytes=1e9, kv_bytes_per_token_layer=0.01,
+        activation_value_bytes=4, embedding_bytes=100, head_bytes=100, flop_per_token_layer=100.0,
+    )  # fmt: skip
+    measured = Measured(Cluster(nodes, links), shape, CodecRate(3.0, 1e9), level, 1, ())
+    [pipeline] = make_plan(measured, Workload(9, Lengths(5.0, 5.0), Lengths(5.0, 5.0))).pipelines
+    codecs = {(link.source, link.target): link.codec for link in pipeline.links}
+    assert codecs["a", "b"] == level
+    assert codecs.get(("b", "a"), "raw") != "int8"
