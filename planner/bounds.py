@@ -62,3 +62,10 @@ def head_in_layers(floor: Floor) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         extra = (floor.ending_s - floor.middle_s) * k / floor.middle_s
     return max(float(extra[both].min()), 0.0)
+
+
+def head_s(middle: Floats, last: Floats) -> Floats:
+    """What the LM head adds to a stage of each node at least; infinite where it cannot be."""
+    fits = np.isfinite(last)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(fits, last - middle, np.inf).min(axis=1), np.float64)

@@ -146,14 +146,14 @@ def _fill_by_table(busy_s: Floats, most: Ints, layers: int) -> tuple[int, ...]:
     least = np.full(layers + 1, np.inf)
     least[0] = 0.0
     chosen = np.zeros((len(most), layers + 1), np.int64)
-    for stage, cap in enumerate(most):
-        longer = np.full(layers + 1, np.inf)
-        for count in range(1, min(int(cap), layers) + 1):
-            value = least[: layers + 1 - count] + busy_s[stage, count - 1]
-            better = value < longer[count:]
-            longer[count:] = np.where(better, value, longer[count:])
-            chosen[stage, count:] = np.where(better, count, chosen[stage, count:])
-        least = longer
+    # Row l of the window is least[l - 1], least[l - 2], ...: what each count of layers leaves.
+    window = np.arange(layers + 1)[:, None] - np.arange(1, layers + 1)[None, :]
+    outside, window = window < 0, np.maximum(window, 0)
+    for stage, cap in enumerate(np.minimum(most, layers)):
+        before = np.where(outside[:, :cap], np.inf, least[window[:, :cap]])
+        total = before + busy_s[stage, None, :cap]
+        chosen[stage] = total.argmin(axis=1) + 1
+        least = total[np.arange(layers + 1), chosen[stage] - 1]
     split: list[int] = []
     left = layers
     for stage in range(len(most) - 1, -1, -1):

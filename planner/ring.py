@@ -1,9 +1,11 @@
 """The best ring through given nodes, in one cell: their order, split, codecs and offload, exactly."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from planner.bounds import head_s
 from planner.chain import Split, best_split, convex_minorant, fill, least_fill_s
 from planner.cost import Cell, Floats, Role
 from planner.orders import path_s, path_table, short_path, trace_path
@@ -63,6 +65,8 @@ class _Within:
     back: Floats
     least_s: Floats
     """A life's lower bound; infinite where the layers do not fit or no link is usable."""
+    compute_s: Floats
+    """Of that the compute part."""
 
 
 def solve_ring(
@@ -178,7 +182,7 @@ def _within(own: _Members, longest_s: float) -> _Within | None:
     hops = np.where(usable, own.hop_s, np.inf).min(axis=0)
     np.fill_diagonal(hops, np.inf)
     back = np.where(own.return_occupied_s <= longest_s, own.return_hop_s, np.inf).T
-    head_s = np.where(last > 0, own.last_s[:, 0] - own.middle_s[:, 0], np.inf)[None, :]
+    extra_s = np.where(last > 0, head_s(own.middle_s, own.last_s), np.inf)[None, :]
     # The last node has no step onward, so its cheapest one is free.
     onward = hops.min(axis=1)
     with np.errstate(invalid="ignore"):
@@ -189,10 +193,11 @@ def _within(own: _Members, longest_s: float) -> _Within | None:
     links_s = np.where(stuck[None, :], np.where(np.isfinite(onward), onward, 0.0).sum(), links_s)
     if stuck.any():  # who has no way onward can only be last
         links_s = np.where(stuck[None, :], links_s, np.inf)
-    least = own.micro_batch_rows * (stages_s + head_s) + links_s + back
+    compute = own.micro_batch_rows * (stages_s + extra_s)
+    least = compute + links_s + back
     least = np.where((held >= layers) & (first > 0)[:, None], least, np.inf)
     np.fill_diagonal(least, np.inf)
-    return _Within(longest_s, hops, back, least)
+    return _Within(longest_s, hops, back, least, compute)
 
 
 def _quick(own: _Members, within: _Within, enough_s: float) -> _Way | None:
@@ -214,19 +219,29 @@ def _quick(own: _Members, within: _Within, enough_s: float) -> _Way | None:
 
 def _best_way(own: _Members, within: _Within, limit_s: float) -> _Way | None:
     """The order of least life, from the table of all subsets."""
-    table = path_table(within.hops)
-    # Compute costs at least its bound, so only promising ends need theirs.
+    table = _known_paths(within.hops.tobytes(), len(within.hops))
     paths = table[-1] + within.back
-    compute = np.full(paths.shape, np.inf)
-    promising = (within.least_s <= limit_s) & np.isfinite(paths)
-    for i, j in zip(*np.nonzero(promising), strict=True):
-        left_s = limit_s - paths[i, j]
-        compute[i, j] = _compute_life(own, within.longest_s, (int(i), int(j)), -np.inf, left_s)
-    whole = paths + compute
-    first, last = (int(i) for i in np.unravel_index(whole.argmin(), whole.shape))
-    if not np.isfinite(whole[first, last]):
+    # A pair of ends can give no less than its bound, so the best bounds are looked at first.
+    least = np.where(np.isfinite(within.least_s), paths + within.compute_s, np.inf)
+    best_s, ends = limit_s * (1 + 1e-12), None
+    for at in np.argsort(least, axis=None, kind="stable"):
+        first, last = divmod(int(at), len(paths))
+        if not least[first, last] <= best_s or np.isinf(least[first, last]):
+            break
+        pair, left_s = (first, last), best_s - paths[first, last]
+        compute_s = _compute_life(own, within.longest_s, pair, -np.inf, left_s)
+        whole = float(paths[first, last]) + compute_s
+        if whole < best_s or (ends is None and whole <= best_s):
+            best_s, ends = whole, pair
+    if ends is None:
         return None
-    return _Way(float(whole[first, last]), trace_path(table, within.hops, first, last))
+    return _Way(best_s, trace_path(table, within.hops, *ends))
+
+
+@lru_cache(maxsize=64)
+def _known_paths(hops: bytes, nodes: int) -> Floats:
+    """The table of paths; many cells and thresholds ask for the same one."""
+    return path_table(np.frombuffer(hops, np.float64).reshape(nodes, nodes))
 
 
 def _compute_life(
