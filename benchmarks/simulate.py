@@ -21,6 +21,7 @@ from benchmarks.record import Claim, record
 from planner.baselines import METHODS, baseline
 from planner.facts import Cluster, CodecRate, InfeasibleError, Lengths, Node, Workload
 from planner.rehearse import rehearsed
+from planner.rows import sample_rows
 from planner.simulate import Simulated, simulate
 from planner.solve import solve
 
@@ -44,14 +45,14 @@ def race(seed: int) -> dict[str, Simulated]:
     runs = {}
     for name, work in (("ours", WORK), ("ours, raw links", RAW)):
         # Rehearsed on other rows than those of the race.
-        plan = rehearsed(cluster, MODEL_40, work, seed=seed + 10_000)
-        runs[name] = simulate(plan, cluster, MODEL_40, work, seed=seed)
+        plan = rehearsed(cluster, MODEL_40, work, [sample_rows(work, seed + 10_000)])
+        runs[name] = simulate(plan, cluster, MODEL_40, work, rows=sample_rows(work, seed))
     for method in METHODS:
         try:
             plan = baseline(method, cluster, MODEL_40, RAW)
         except InfeasibleError:
             continue
-        runs[method] = simulate(plan, cluster, MODEL_40, RAW, seed=seed)
+        runs[method] = simulate(plan, cluster, MODEL_40, RAW, rows=sample_rows(RAW, seed))
     return runs
 
 

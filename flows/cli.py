@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -23,15 +23,16 @@ from rich.table import Table
 from flows.batch import run_batch
 from flows.embedded import control_plane
 from flows.errors import JobError, RunError
-from flows.imagine import OURS, job_workload, read_what_if
+from flows.imagine import OURS, REHEARSED, Course, job_workload, read_what_if, write_trace
 from flows.job import load_job
 from flows.measure import measure
 from flows.planning import make_plan
 from planner.advice import Advice, advise
 from planner.baselines import METHODS
 from planner.explain import explain
-from planner.plan import as_mapping
-from planner.simulate import simulate
+from planner.leases import POLICIES, Policy
+from planner.plan import Plan, as_mapping
+from planner.simulate import Simulated
 from storage.catalog import query as sql_query
 from storage.errors import (
     FingerprintError,
@@ -55,7 +56,11 @@ WHAT_IF = "A cluster that somebody imagines (YAML), in place of this machine."
 OptionalJob = Annotated[Path | None, typer.Argument(metavar="[JOB]", help="A job file.")]
 WhatIf = Annotated[Path | None, typer.Option("--what-if", help=WHAT_IF)]
 Method = Annotated[
-    str, typer.Option(help=f"How to plan for --what-if: {', '.join((OURS, *METHODS))}.")
+    str,
+    typer.Option(
+        help=f"How to plan for --what-if: {OURS} (most rows per second), {REHEARSED} (the first done "
+        f"in simulations), or as published: {', '.join(METHODS)}."
+    ),
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or a job's name.")]
 OptionalName = Annotated[
@@ -131,29 +136,62 @@ def plan(
 
 
 @app.command(name="simulate")
-def simulate_plan(
+def simulate_plan(  # noqa: PLR0913, PLR0917  a command's options are its parameters
     cluster: Annotated[Path, typer.Option("--what-if", help=WHAT_IF)],
     job_file: OptionalJob = None,
     method: Method = OURS,
-    seed: Annotated[int, typer.Option(help="Of the rows' lengths.")] = 0,
+    arrivals: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9, help="Rows per second that come, as a Poisson process; else all wait."
+        ),
+    ] = None,
+    policy: Annotated[
+        Policy, typer.Option(help="Who takes the next row; ws-rr gives rows out as they come.")
+    ] = POLICIES[0],
+    leave: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NODE@SECONDS", help="A node leaves then; repeatable."),
+    ] = None,
+    join: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NODE@SECONDS", help="A node of the file is there from then on only."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write every event there, one JSON object a line.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the rows' lengths and arrivals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Play a plan event by event on imagined nodes: throughput, latencies, who is busy."""
     given = read_what_if(cluster, load_job(job_file) if job_file else None)
-    planned = given.plan(method)
-    seen = simulate(planned, given.cluster, given.model, given.work, seed=seed)
+    course = Course(seed, arrivals, policy, leave or (), join or (), trace is not None)
+    planned = given.at_first(course).plan(method)
+    seen = given.play(planned, course)
+    if trace is not None:
+        write_trace(trace, seen.trace)
     if as_json:
-        document = asdict(seen) | {"tokens_per_s": seen.tokens_per_s, "rows_per_s": seen.rows_per_s}
+        document = asdict(replace(seen, trace=()))
+        document |= {"tokens_per_s": seen.tokens_per_s, "rows_per_s": seen.rows_per_s}
         _print_json({"plan": as_mapping(planned), "simulated": document})
         return
+    Console(soft_wrap=True).print(_run_words(planned, seen), highlight=False)
+
+
+def _run_words(planned: Plan, seen: Simulated) -> str:
+    """A simulated run for people."""
     middle, late, last = seen.row_latency_s
-    Console(soft_wrap=True).print(
+    lines = [
         f"{seen.rows:,} rows in {seen.finish_s:,.1f} s: {seen.tokens_per_s:,.1f} output tokens/s "
-        f"(the plan says {planned.tokens_per_s:,.1f}, and {planned.finish_s:,.1f} s)\n"
-        f"a row takes {middle:,.2f} s; 95 % at most {late:,.2f} s, 99 % at most {last:,.2f} s\n"
-        + "\n".join(f"  {name}: busy {share:.0%}" for name, share in seen.busy.items()),
-        highlight=False,
-    )
+        f"(the plan says {planned.tokens_per_s:,.1f}, and {planned.finish_s:,.1f} s)",
+        f"a row takes {middle:,.2f} s; 95 % at most {late:,.2f} s, 99 % at most {last:,.2f} s; "
+        f"its first token {seen.first_token_s[0]:,.2f} s, 95 % at most {seen.first_token_s[1]:,.2f} s",
+    ]
+    if seen.replans:
+        times = "once" if seen.replans == 1 else f"{seen.replans} times"
+        lines.append(f"planned again {times}; {seen.rows_again:,} rows were prefilled again")
+    lines.extend(f"  {name}: busy {share:.0%}" for name, share in seen.busy.items())
+    return "\n".join(lines)
 
 
 @app.command()

@@ -80,18 +80,23 @@ def _along(points: tuple[tuple[float, float], ...], x: float) -> float:
 
 
 def step_layer_s(
-    node: Node, model: ModelShape, decodes: tuple[int, float], prefills: tuple[int, float]
+    node: Node,
+    model: ModelShape,
+    decodes: tuple[int, float],
+    prefills: tuple[int, float],
+    width: int = 1,
 ) -> float:
     """Seconds of one layer for a mixed step: (rows, context) decoded, (tokens, prompt) prefilled.
 
-    The roofline reads the weights once for both; profiles of the two are added.
+    A row that decodes computes `width` positions, drafts included. The roofline reads the weights
+    once for both; profiles of the two are added.
     """
     rows, context = decodes
     tokens, prompt = prefills
     if node.layer_s and node.layer_s.decode:
-        total = decode_layer_s(node, model, rows, context) if rows else 0.0
+        total = decode_layer_s(node, model, rows, context, width) if rows else 0.0
         return total + (prefill_layer_s(node, model, tokens, prompt) if tokens else 0.0)
-    flop = rows * (model.flop_per_token_layer + 4.0 * model.hidden * context)
+    flop = rows * width * (model.flop_per_token_layer + 4.0 * model.hidden * context)
     flop += tokens * (model.flop_per_token_layer + 2.0 * model.hidden * prompt)
     read = model.layer_bytes + rows * context * model.kv_bytes_per_token_layer
     return max(flop / node.flop_per_s, read / node.memory_bytes_per_s)

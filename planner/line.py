@@ -1,0 +1,262 @@
+"""One imagined pipeline: its ring, the stations that its frames pass, and the rows that it holds.
+
+Frames keep their order at every stage, codec and link, so each of these is free again when the frame
+before has left it, and a step's whole way round follows from the times at which they become free.
+"""
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+
+from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, tokens_per_round
+from planner.facts import CodecRate
+from planner.layer_times import head_s, step_layer_s
+from planner.leases import Pace
+from planner.plan import Pipeline
+from planner.problem import Problem, cell_of, judged, pass_s
+from planner.rows import Row
+from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
+
+BLOCK_TOKENS = 16
+CHUNKS_PER_STEP = 2
+"""Prefill chunks that may travel with a step's decodes."""
+CONTEXT_GRAIN = 32
+"""Mean contexts are rounded up to this, so that equal steps are costed once."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A row in flight; its line counts its tokens."""
+
+    row: Row
+    since_s: float
+    """When it came, or was leased if it never waited to be."""
+    limit: int
+    """Tokens that its KV blocks are granted for."""
+    made: int = 0
+    again: int = 0
+    """Of its prompt, the tokens that an earlier pipeline had made: they are prefilled again."""
+    first_s: float = float("nan")
+    """When its first token was back."""
+
+    @property
+    def left(self) -> int:
+        """Tokens still to make."""
+        return self.row.output_tokens - self.again - self.made
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.row.prompt_tokens + self.again
+
+
+@dataclass(slots=True)
+class Station:
+    """Something that does one thing at a time: a stage, a codec or a link."""
+
+    name: str
+    free_s: float = 0.0
+    busy_s: float = 0.0
+
+    def serve(self, arrives_s: float, takes_s: float) -> float:
+        """When work that arrives then is done."""
+        done = (self.free_s if self.free_s > arrives_s else arrives_s) + takes_s
+        self.free_s = done
+        self.busy_s += takes_s
+        return done
+
+
+@dataclass(frozen=True, slots=True)
+class _Hop:
+    """What lies between two stages."""
+
+    encoder: Station
+    wire: Station
+    codec: CodecRate | None
+    bytes_per_s: float
+    latency_s: float
+
+    def cross(self, at_s: float, raw_bytes: float, header_bytes: float) -> float:
+        """When a frame that leaves then is decoded at the other end."""
+        coding_s = raw_bytes / self.codec.bytes_per_s if self.codec else 0.0
+        if coding_s:
+            at_s = self.encoder.serve(at_s, coding_s)
+        sent = raw_bytes / (self.codec.ratio if self.codec else 1.0) + header_bytes
+        return self.wire.serve(at_s, sent / self.bytes_per_s) + self.latency_s + coding_s
+
+
+class Line:
+    """One pipeline: its ring, its stations, and the rows it holds; only the run moves it."""
+
+    def __init__(
+        self, given: Problem, pipeline: Pipeline, number: int, longest: int, starts_s: float
+    ) -> None:
+        self.given = given
+        self.number = number
+        self.pipeline = pipeline
+        self.nodes = [given.cluster.node(stage.node) for stage in pipeline.stages]
+        self.starts_s = starts_s
+        self.stages = [Station(node.name, starts_s) for node in self.nodes]
+        self.hops = _hops(given, pipeline)
+        self.ring = Ring(_ring_shape(given, pipeline, longest))
+        self.pace = _pace(given, pipeline)
+        self.returns: list[tuple[float, int, Step]] = []
+        self.flights: dict[int, Flight] = {}
+        self.wakes_s = float("inf")
+        """When it must be looked at again; infinite while nothing can happen."""
+        self._accepted = _acceptance(given, pipeline, number)
+        self._takes: dict[tuple[int, int, int, int], tuple[float, ...]] = {}
+
+    @property
+    def first_free_s(self) -> float:
+        """When the first stage can take another frame."""
+        return self.stages[0].free_s
+
+    def stations(self) -> list[Station]:
+        """All that the report shows: stages and links."""
+        return [*self.stages, *(hop.wire for hop in self.hops)]
+
+    def take(self, number: int, flight: Flight) -> None:
+        """Queue a row in the ring."""
+        self.ring.enqueue(number, flight.prompt_tokens, flight.limit)
+        self.flights[number] = flight
+
+    def send(self, at_s: float) -> Step | None:
+        """Send the next step round the ring; it is back when the head has its samples."""
+        # With every slot in flight there is nothing to look for.
+        step = self.ring.next_step() if len(self.returns) < self.ring.shape.slots else None
+        if step is None:
+            return None
+        model, width = self.given.model, self.pipeline.draft_len + 1
+        decodes, context, prefills, samples = self._shape(step)
+        takes = self._stage_times(decodes, context, prefills, samples)
+        raw = (decodes * width + prefills) * model.activation_bytes_per_token
+        header = FRAME_BYTES + ROW_BYTES * len(step.spans)
+        ids = ID_BYTES * (decodes * width + samples - decodes)
+        last = len(self.stages) - 1
+        for stage, station in enumerate(self.stages):
+            at_s = station.serve(at_s, takes[stage])
+            if stage < len(self.hops):
+                at_s = self.hops[stage].cross(at_s, ids if stage == last else raw, header)
+        heappush(self.returns, (at_s, step.frame, step))
+        return step
+
+    def take_back(self, now_s: float) -> list[tuple[float, int, Flight]]:
+        """Everything that is back by now; gives the rows that ended: (when, number, row)."""
+        ended: list[tuple[float, int, Flight]] = []
+        while self.returns and self.returns[0][0] <= now_s:
+            at_s, _, step = heappop(self.returns)
+            done = []
+            for span in step.spans:
+                if span.samples:
+                    flight = self.flights[span.sequence]
+                    if flight.made == 0 and flight.again == 0:
+                        flight.first_s = at_s
+                    flight.made += min(self._commits(span.tokens), flight.left)
+                    if flight.left == 0:
+                        done.append(span.sequence)
+            self.ring.returned(step.slot, done)
+            ended.extend((at_s, number, self.flights.pop(number)) for number in done)
+        return ended
+
+    def _commits(self, span_tokens: int) -> int:
+        """Tokens that a sampling span yields: one, and the drafts before the first refused one."""
+        if not self._accepted or span_tokens > 1:
+            return 1
+        return 1 + self._accepted.held()
+
+    def _shape(self, step: Step) -> tuple[int, int, int, int]:
+        """(decoding rows, their mean context, prefill tokens, sampled rows)."""
+        decodes = total = prefills = samples = 0
+        for span in step.spans:
+            samples += span.samples
+            if span.tokens == 1 and span.samples:
+                decodes += 1
+                flight = self.flights[span.sequence]
+                total += flight.prompt_tokens + flight.made - 1
+            else:
+                prefills += span.tokens
+        context = -(-total // (decodes * CONTEXT_GRAIN)) * CONTEXT_GRAIN if decodes else 0
+        # A prefix that rows share is computed once for all; its first time weighs nothing.
+        own = round(prefills * (1.0 - self.given.work.shared_prefix_fraction))
+        return decodes, context, own, samples
+
+    def _stage_times(
+        self, decodes: int, context: int, prefills: int, samples: int
+    ) -> tuple[float, ...]:
+        key = (decodes, context, prefills, samples)
+        if key not in self._takes:
+            last = len(self.nodes) - 1
+            positions = samples + decodes * self.pipeline.draft_len
+            self._takes[key] = tuple(
+                self._stage_s(i, key)
+                + (head_s(n, self.given.model, positions) if i == last and samples else 0.0)
+                for i, n in enumerate(self.nodes)
+            )
+        return self._takes[key]
+
+    def _stage_s(self, stage: int, key: tuple[int, int, int, int]) -> float:
+        decodes, context, prefills, _ = key
+        node, plan, model = self.nodes[stage], self.pipeline.stages[stage], self.given.model
+        prompt, width = self.given.work.prompt_tokens.mean, self.pipeline.draft_len + 1
+        step = step_layer_s(node, model, (decodes, context), (prefills, prompt), width)
+        streamed = plan.weights_offloaded * model.layer_bytes
+        kv = decodes * context * model.kv_bytes_per_token_layer * plan.layers
+        streamed += plan.kv_offloaded * kv
+        stream_s = streamed / node.host_to_device_bytes_per_s if streamed else 0.0
+        return max(plan.layers * step, stream_s) + node.step_s
+
+
+class _Acceptance:
+    """Draws how many drafts hold, by the workload's chances; mutable as its generator is."""
+
+    def __init__(self, chances: tuple[float, ...], seed: int) -> None:
+        self._all_hold = np.cumprod(chances)
+        self._pick = np.random.default_rng(seed)
+
+    def held(self) -> int:
+        """Drafts before the first refused one."""
+        # The chance that the first i hold falls with i, so one draw decides all of them.
+        return int(np.count_nonzero(self._all_hold > self._pick.random()))
+
+
+def _acceptance(given: Problem, pipeline: Pipeline, number: int) -> _Acceptance | None:
+    chances = given.work.acceptance[: pipeline.draft_len]
+    return _Acceptance(chances, number) if chances else None
+
+
+def _hops(given: Problem, pipeline: Pipeline) -> list[_Hop]:
+    at = {node.name: i for i, node in enumerate(given.nodes)}
+    hops = []
+    for link in pipeline.links:
+        i, j = at[link.source], at[link.target]
+        name = f"{link.source} -> {link.target}"
+        hops.append(
+            _Hop(
+                Station(f"codec {name}"),
+                Station(name),
+                given.work.codec.get(link.codec),
+                float(given.net.bytes_per_s[i, j]),
+                float(given.net.latency_s[i, j]),
+            )
+        )
+    return hops
+
+
+def _ring_shape(given: Problem, pipeline: Pipeline, longest: int) -> RingShape:
+    """The ring's settings, as the head gets them: KV blocks for its rows at their 95 % lengths."""
+    rows = pipeline.micro_batch_rows * pipeline.in_flight
+    tokens = given.work.prompt_tokens.p95 + given.work.output_tokens.p95
+    return RingShape(
+        slots=pipeline.in_flight,
+        slot_rows=pipeline.micro_batch_rows,
+        blocks=int(max(rows * -(-tokens // BLOCK_TOKENS), -(-longest // BLOCK_TOKENS))),
+        block_tokens=BLOCK_TOKENS,
+        step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
+    )
+
+
+def _pace(given: Problem, pipeline: Pipeline) -> Pace:
+    split, cell = judged(given, pipeline), cell_of(pipeline)
+    committed = tokens_per_round(given.work.acceptance, cell.draft_len)
+    return Pace(split.row_s, pass_s(given, cell, split.life_s), committed, cell.rows)
