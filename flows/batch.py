@@ -103,7 +103,7 @@ def process(run: Run, fleet: Fleet, ring: Ring) -> None:
     names = RunNames(run.id, run.plan_id, EPOCH, run.activations)
     clerk = Clerk(run.job, run.model, names, ring.blocks * ring.block_tokens)
     writer = ResultWriter(run.store, run.done)
-    with run.tally.timed(), shown(run.tally):
+    with shown(run.tally), run.tally.timed():
         try:
             for row in ended_rows(run, fleet, clerk, AHEAD * ring.slots * ring.slot_rows):
                 if row is not None:

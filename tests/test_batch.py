@@ -4,7 +4,9 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 
@@ -132,6 +134,53 @@ def test_both_stages_worked_and_activations_crossed_the_link_once(
     forward = next(x for x in links if (x["source"], x["target"]) == ("local-0", "local-1"))
     hidden_bytes = 64 * 4
     assert forward["payload_bytes"] < 1.5 * hidden_bytes * forward["tokens"]
+
+
+def asked_of_prefect(api: str, what: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    answer = httpx.post(f"{api}/{what}/filter", json=wanted)
+    answer.raise_for_status()
+    found: list[dict[str, Any]] = answer.json()
+    return found
+
+
+def first_run_of_demo(api: str) -> dict[str, Any]:
+    wanted = {"flow_runs": {"name": {"any_": ["demo"]}}, "sort": "START_TIME_ASC", "limit": 1}
+    [found] = asked_of_prefect(api, "flow_runs", wanted)
+    return found
+
+
+def test_prefect_shows_the_job_its_coarse_tasks_and_a_flow_for_each_stage(
+    finished_job: FinishedJob, prefect_api: str
+) -> None:
+    job_run = first_run_of_demo(prefect_api)
+    of_the_job = {"flow_runs": {"id": {"any_": [job_run["id"]]}}}
+    tasks = asked_of_prefect(prefect_api, "task_runs", of_the_job)
+    names = sorted(run["name"].split("-")[0] for run in tasks if run["state_name"] == "Completed")
+    assert names == [
+        "measure", "plan", "process", "stage", "stage", "start_stages", "validate", "verify"
+    ]  # fmt: skip
+    begun, ended = job_run["start_time"], job_run["end_time"]
+    stage_runs = asked_of_prefect(prefect_api, "flow_runs", {
+        "flow_runs": {"start_time": {"after_": begun, "before_": ended}},
+        "flows": {"name": {"any_": ["stage"]}},
+    })  # fmt: skip
+    stages = {run["name"]: run["state_name"] for run in stage_runs}
+    assert stages == {"stage local-0": "Completed", "stage local-1": "Completed"}
+
+
+def test_the_progress_artifact_ends_with_every_row(
+    finished_job: FinishedJob, prefect_api: str
+) -> None:
+    of_the_run = {"any_": [first_run_of_demo(prefect_api)["id"]]}
+    [artifact] = asked_of_prefect(prefect_api, "artifacts", {
+        "artifacts": {"key": {"any_": ["progress"]}, "flow_run_id": of_the_run},
+    })  # fmt: skip
+    rows = len(finished_job.rows)
+    assert (artifact["type"], float(artifact["data"])) == ("progress", 100.0)
+    assert artifact["description"].startswith(
+        f"{rows} of {rows} rows, {len(FAULTY)} failed, {finished_job.summary.tokens_per_s:,.0f} "
+    )
+    assert artifact["description"].endswith("tokens/s, ETA 0 s")
 
 
 def test_a_rerun_computes_nothing_again(
