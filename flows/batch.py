@@ -12,19 +12,21 @@ from itertools import islice
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.errors import RunError
+from flows.errors import JobError, RunError
 from flows.job import Job
 from flows.launch import EPOCH, Fleet, StageSettings
 from flows.lease import Clerk, Lease, RunNames, in_order
 from flows.measure import Measured, measure
 from flows.model import open_model
-from flows.planning import SAMPLED_ROWS, make_plan, ring_of, workload
+from flows.planning import make_plan, ring_of, workload
 from flows.report import announce, shown
 from flows.run import Run, Summary, document, fingerprint, is_begun, prompt_source
+from planner.facts import Workload
 from planner.plan import Plan
 from stages.config import Ring
 from storage.compact import MAX_LIVE_PARTS, compact
-from storage.export import export
+from storage.errors import StoreError
+from storage.export import export, require_target
 from storage.index import BuiltIndex, built_index
 from storage.progress import progress
 from storage.results import ResultRow, ResultWriter
@@ -51,7 +53,8 @@ def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
     run = Run(job, model, store, progress(store))
     try:
         if run.done.pending:
-            plan, settings = plan_run(run, measured or measure_nodes(job, stages))
+            work = workload(run.done.pending, index.sample, job, model)
+            plan, settings = plan_run(run, work, measured or measure_nodes(job, stages))
             fleet = Fleet(plan, settings)
             try:
                 with fleet:
@@ -67,7 +70,15 @@ def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
 
 @task(cache_policy=NO_CACHE)
 def validate(job: Job, scratch: ExitStack) -> BuiltIndex:
-    """Check every prompt row before anything starts; InputError names the file, row and column."""
+    """Check every prompt row, and where the results go, before anything starts.
+
+    InputError names the file, row and column; JobError the results' target.
+    """
+    if job.results is not None:
+        try:
+            require_target(job.results)
+        except StoreError as error:
+            raise JobError(f"results: {error}") from error
     return scratch.enter_context(built_index(prompt_source(job)))
 
 
@@ -78,10 +89,8 @@ def measure_nodes(job: Job, stages: int) -> Measured:
 
 
 @task(name="plan", cache_policy=NO_CACHE)
-def plan_run(run: Run, measured: Measured) -> tuple[Plan, StageSettings]:
+def plan_run(run: Run, work: Workload, measured: Measured) -> tuple[Plan, StageSettings]:
     """Decide who computes which layers, and keep the decision with the run."""
-    sample = islice(run.prompts(), SAMPLED_ROWS)
-    work = workload(run.done.pending, sample, run.job, run.model)
     plan = make_plan(measured, work)
     run.planned(plan, measured)
     announce(plan)

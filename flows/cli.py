@@ -27,6 +27,7 @@ from flows.imagine import OURS, REHEARSED, Course, job_workload, read_what_if, w
 from flows.job import load_job
 from flows.measure import measure
 from flows.planning import make_plan
+from flows.report import finite
 from planner.advice import Advice, advise
 from planner.baselines import METHODS
 from planner.explain import explain
@@ -251,7 +252,7 @@ def _job_name(job: str) -> str:
 
 
 def _print_json(document: object) -> None:
-    sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+    sys.stdout.write(json.dumps(finite(document), indent=1, default=str) + "\n")
 
 
 def _print_table(table: pa.Table, fmt: Format) -> None:

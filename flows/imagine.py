@@ -3,14 +3,13 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from flows.errors import JobError
 from flows.job import Job, read_mapping
 from flows.measure import measure
 from flows.model import open_model
-from flows.planning import SAMPLED_ROWS, workload
+from flows.planning import workload
 from flows.run import prompt_source
 from planner.baselines import METHODS, baseline
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
@@ -21,7 +20,6 @@ from planner.rows import arriving, sample_rows
 from planner.simulate import Event, NodesChange, Simulated, simulate
 from planner.solve import solve
 from planner.what_if import WhatIfError, what_if
-from storage.formats import read_rows
 from storage.index import built_index
 
 OURS = "exact"
@@ -156,7 +154,5 @@ def read_what_if(path: Path, job: Job | None) -> Imagined:
 
 def job_workload(job: Job) -> Workload:
     """All rows of a job, with lengths from a sample of them."""
-    source = prompt_source(job)
-    with built_index(source) as index:
-        rows = index.rows
-    return workload(rows, islice(read_rows(source), SAMPLED_ROWS), job, open_model(job))
+    with built_index(prompt_source(job)) as index:
+        return workload(index.rows, index.sample, job, open_model(job))

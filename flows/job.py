@@ -4,11 +4,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from flows.errors import JobError
+from storage.files import shown
 
 SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed")
+
+
+Uri = Annotated[str, Field(min_length=1), PlainSerializer(shown, when_used="json")]
+"""Any fsspec URI or path. As JSON (in the store, in Prefect) it is without passwords or signatures."""
 
 
 class _Strict(BaseModel):
@@ -18,7 +30,7 @@ class _Strict(BaseModel):
 class Prompts(_Strict):
     """Where the rows come from and which columns mean what."""
 
-    uri: str = Field(min_length=1)
+    uri: Uri
     """Parquet, JSONL, CSV or OpenAI-batch JSONL at any fsspec URI."""
     id_column: str | None = None
     prompt_column: str | None = None
@@ -62,7 +74,7 @@ class Job(_Strict):
     """What stages pass to one another: the same bits, or, lossy, eight bits a number."""
     prompts: Prompts
     sampling: Sampling = Sampling()
-    results: str | None = None
+    results: Uri | None = None
     """A folder or prefix where the finished table is also written, as results.parquet."""
 
 

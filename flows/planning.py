@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flows.errors import RunError
+from flows.errors import JobError
 from flows.job import Job, Sampling
 from flows.measure import Measured
 from flows.model import ModelFolder
@@ -19,8 +19,6 @@ from stages.errors import PromptError
 from storage.prompts import PromptRow
 
 BLOCK_TOKENS = 16
-SAMPLED_ROWS = 256
-"""Prompts that are tokenized to learn their lengths."""
 CHUNKS_PER_STEP = 2
 """Prefill chunks that may travel with a step's decodes: more fills the ring sooner, and unevenly."""
 KV_SHARE = 0.8
@@ -54,13 +52,13 @@ def _lengths(counts: list[int]) -> Lengths:
 
 
 def make_plan(measured: Measured, work: Workload) -> Plan:
-    """The fastest split of the layers over the nodes, in their order; RunError if none fits."""
+    """The fastest split of the layers over the nodes, in their order; JobError if none fits."""
     try:
         plan = solve_in_order(
             measured.cluster, measured.model, replace(work, codec={measured.level: measured.codec})
         )
     except InfeasibleError as error:
-        raise RunError(f"no plan fits: {error}") from error
+        raise JobError(f"no plan fits: {error}") from error
     if measured.level == INT8:
         plan = replace(plan, pipelines=tuple(_rounding(each) for each in plan.pipelines))
     return replace(plan, basis=(*measured.basis, *plan.basis))

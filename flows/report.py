@@ -5,12 +5,14 @@ own, so that neither a slow terminal nor a lost server holds up a row.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -85,6 +87,17 @@ class Tally:
             f"{self.output_tokens / self.seconds:,.0f} tokens/s, "
             f"ETA {'unknown' if left_s is None else f'{left_s:.0f} s'}"
         )
+
+
+def finite(document: Any) -> Any:
+    """The document with null in place of infinities and NaN, which JSON lacks."""
+    if isinstance(document, float):
+        return document if math.isfinite(document) else None
+    if isinstance(document, dict):
+        return {key: finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [finite(value) for value in document]
+    return document
 
 
 def announce(plan: Plan) -> None:

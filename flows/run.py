@@ -13,12 +13,11 @@ from flows.job import Job
 from flows.launch import EPOCH
 from flows.measure import Measured
 from flows.model import ModelFolder
-from flows.report import Tally
+from flows.report import Tally, finite
 from planner.plan import Plan
 from stages.codec import INT8
 from stages.control import Heartbeat
 from storage.errors import JobNotFoundError
-from storage.files import shown
 from storage.progress import Progress, unanswered
 from storage.prompts import PromptRow, PromptSource
 from storage.store import JobStore
@@ -84,8 +83,7 @@ class Run:
         self.plan_id = sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
         document |= {"plan_id": self.plan_id, "epoch": EPOCH, "created_at": _now()}
         self.store.write_run_file(self.id, "plan", document)
-        cluster = {name: _finite(part) for name, part in asdict(measured.cluster).items()}
-        self.store.write_run_file(self.id, "cluster", cluster)
+        self.store.write_run_file(self.id, "cluster", finite(asdict(measured.cluster)))
 
     def worked(self, vitals: Mapping[str, Heartbeat]) -> None:
         """Keep what the stages say of their work."""
@@ -141,11 +139,8 @@ def is_begun(store_uri: str, job: Job) -> bool:
 
 
 def document(job: Job) -> dict[str, JsonValue]:
-    """The job as the store keeps it: without what a URI may hold of passwords and signatures."""
-    prompts = job.prompts.model_copy(update={"uri": shown(job.prompts.uri)})
-    results = None if job.results is None else shown(job.results)
-    copy = job.model_copy(update={"prompts": prompts, "results": results})
-    return dict(copy.model_dump(mode="json"))
+    """The job as the store keeps it."""
+    return dict(job.model_dump(mode="json"))
 
 
 def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:
@@ -177,17 +172,6 @@ def _links(vitals: Mapping[str, Heartbeat]) -> Iterator[dict[str, object]]:
                     "wire_bytes": link.tls_bytes_sent,
                     "tokens": beat.tokens,
                 }
-
-
-def _finite(document: object) -> object:
-    """The document with null in place of infinities, which JSON lacks."""
-    if isinstance(document, float):
-        return document if abs(document) != float("inf") else None
-    if isinstance(document, dict):
-        return {key: _finite(value) for key, value in document.items()}
-    if isinstance(document, list | tuple):
-        return [_finite(value) for value in document]
-    return document
 
 
 def _now() -> str:

@@ -6,7 +6,7 @@ is read into is the shard's own.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -159,12 +159,32 @@ def fill(
             f"the config asks for {list(expected)}"
         )
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-    if found.missing_keys:
-        some = ", ".join(sorted(found.missing_keys)[:3])
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(found.missing_keys)} tensors are missing, among them {some}"
-        )
+    _require_none(found.missing_keys, checkpoint)
     _rebuild_buffers(model, device)
+
+
+def require_whole(model: Model, checkpoint: Checkpoint) -> None:
+    """CheckpointError unless the files hold every tensor of a whole model; reads headers only.
+
+    A stage would find what is missing too, but only of its own layers and after a long start.
+    """
+    wanted = _wanted(model, model.state_dict(), checkpoint)
+    for name in wanted:
+        checkpoint.tensor(name)
+    stored = set(wanted.values())
+    for shared, source in model.all_tied_weights_keys.items():
+        if stored & {shared, source}:
+            stored |= {shared, source}
+    _require_none(model.state_dict().keys() - stored, checkpoint)
+
+
+def _require_none(missing: Iterable[str], checkpoint: Checkpoint) -> None:
+    names = sorted(missing, key=dot_natural_key)
+    if names:
+        some = ", ".join(names[:3])
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(names)} tensors are missing, among them {some}"
+        )
 
 
 def _wanted(model: Model, whole: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:

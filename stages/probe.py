@@ -17,6 +17,7 @@ import torch
 
 from planner.schedule import Grant, Span, Step
 from stages.architecture import Model, body_of, read_config, whole_model
+from stages.checkpoint import Checkpoint, require_whole
 from stages.codec import decode, encode
 from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
 from stages.errors import ModelError
@@ -44,6 +45,7 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype))
     facts = shard.facts
     model = whole_model(read_config(spec.folder), facts.dtype)
+    require_whole(model, Checkpoint(spec.folder))
     layer_parameters = _parameters(body_of(model).layers) / facts.model_layers
     ratio, coded_bytes_per_s = _codec(shard, spec)
     latency_s, bytes_per_s = _loopback()

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
+from storage.errors import StoreError
 from storage.files import files_at
 from storage.schema import RESULT_SCHEMA
 from storage.sql import connection, own_query
@@ -37,6 +39,19 @@ def export(store: JobStore, target_uri: str) -> int:
             [(rows,)] = database.sql(f"select count(*) from '{_quoted(finished)}'").fetchall()
         files_at(folder).write(name, finished)
     return int(rows)
+
+
+def require_target(target_uri: str) -> None:
+    """StoreError unless a table can be written there; a small file is, and is gone again."""
+    folder, name = _target(target_uri)
+    files, trial = files_at(folder), f".trial-{uuid4().hex}"
+    try:
+        files.write(trial, b"")
+        files.remove(trial)
+    except FileExistsError as error:
+        raise StoreError(f"{files.shown}: is a file, so no table can be written into it") from error
+    if files.root is not None and (files.root / name).is_dir():
+        raise StoreError(f"{files.root / name}: is a folder, so no table can take its place")
 
 
 def _target(uri: str) -> tuple[str, str]:

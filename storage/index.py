@@ -6,8 +6,9 @@ is valid.
 """
 
 import hashlib
+import heapq
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from storage.prompts import PromptRow, PromptSource
 from storage.schema import INDEX_SCHEMA
 
 GROUP_ROWS = 65_536
+SAMPLED_ROWS = 256
 
 Keys = npt.NDArray[np.uint64]
 
@@ -39,26 +41,28 @@ class BuiltIndex:
     sha: str
     rows: int
     source: PromptSource
+    sample: tuple[PromptRow, ...]
+    """Some rows from all over the input, the same ones every time: to learn their lengths from."""
 
 
 @contextmanager
-def built_index(
-    source: PromptSource, check: Callable[[PromptRow], None] | None = None
-) -> Iterator[BuiltIndex]:
+def built_index(source: PromptSource) -> Iterator[BuiltIndex]:
     """Validate the whole input and index it; the index lives as long as the context.
 
-    `check` may refuse a row by ValueError. Raises InputError at the first fault; nothing is left
-    behind then. Memory: 8 bytes a row, beside one batch.
+    Raises InputError at the first fault; nothing is left behind then. Memory: 8 bytes a row, beside
+    one batch and the sample.
     """
     with TemporaryDirectory(prefix="wagonway-index-") as scratch:
         path = Path(scratch) / "rows.parquet"
-        keys, named = _write_rows(source, check, path)
+        sample = _Sample()
+        keys, named = _write_rows(sample.passing(read_rows(source)), path)
         repeated = _repeated(keys)
         if not named:
             path = _with_content_ids(path, repeated)
         elif len(repeated):
             _refuse_duplicates(source, path, repeated)
-        yield BuiltIndex(path, content_sha(index_batches(path)), len(keys), source)
+        sha = content_sha(index_batches(path))
+        yield BuiltIndex(path, sha, len(keys), source, sample.rows)
 
 
 def index_batches(file: Path | pa.NativeFile, rows: int = GROUP_ROWS) -> Iterator[pa.RecordBatch]:
@@ -77,14 +81,34 @@ def content_sha(batches: Iterable[pa.RecordBatch]) -> str:
     return digest.hexdigest()
 
 
-def _write_rows(
-    source: PromptSource, check: Callable[[PromptRow], None] | None, path: Path
-) -> tuple[Keys, bool]:
+class _Sample:
+    """The rows whose positions have the smallest hashes: every row is as likely as any other."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, int, PromptRow]] = []
+
+    def passing(self, rows: Iterable[PromptRow]) -> Iterator[PromptRow]:
+        """The same rows, looked at."""
+        for row in rows:
+            # Negative, for a heap gives its smallest first; here the largest hash must go.
+            key = -xxhash.xxh3_64_intdigest(row.row_id.to_bytes(8, "big"))
+            if len(self._kept) < SAMPLED_ROWS:
+                heapq.heappush(self._kept, (key, row.row_id, row))
+            elif key > self._kept[0][0]:
+                heapq.heapreplace(self._kept, (key, row.row_id, row))
+            yield row
+
+    @property
+    def rows(self) -> tuple[PromptRow, ...]:
+        return tuple(row for _, _, row in self._kept)
+
+
+def _write_rows(rows: Iterable[PromptRow], path: Path) -> tuple[Keys, bool]:
     """Write every row; return 64 bits of what makes each id, and whether the input names ids."""
     keys, named = array("Q"), True
     columns: list[list[object]] = [[] for _ in INDEX_SCHEMA]
     with pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd") as writer:
-        for row in _checked(source, check):
+        for row in rows:
             named = bool(row.custom_id)
             keys.append(_key(row.custom_id or row.input_hash))
             fields = (row.row_id, row.custom_id, row.input_hash, row.prefix_hash, row.length)
@@ -94,18 +118,6 @@ def _write_rows(
                 _flush(writer, columns)
         _flush(writer, columns)
     return (np.frombuffer(keys, np.uint64) if keys else np.zeros(0, np.uint64)), named
-
-
-def _checked(
-    source: PromptSource, check: Callable[[PromptRow], None] | None
-) -> Iterator[PromptRow]:
-    for row in read_rows(source):
-        if check is not None:
-            try:
-                check(row)
-            except ValueError as error:
-                raise InputError(shown(source.uri), str(error), row=row.row_id) from error
-        yield row
 
 
 def _flush(writer: pq.ParquetWriter, columns: list[list[object]]) -> None:

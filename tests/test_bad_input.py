@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from flows.cli import exit_status
@@ -137,6 +138,12 @@ def sharded(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+def lacking_a_layer(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.3.mlp.up_proj.weight"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("no such model folder",)),
     "pickle": (pickled, ("safetensors", "pytorch_model.bin", "pickle")),
@@ -144,6 +151,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "torn": (lambda model: cut(model / "model.safetensors"), ("model.safetensors", "header")),
     "no header": (lambda model: (model / "model.safetensors").write_bytes(b"123"), ("safetensors",)),
     "a shard": (sharded, ("model-2.safetensors", "missing")),
+    "a layer": (lacking_a_layer, ("missing", "model.layers.3.mlp.up_proj.weight")),
     "tokenizer": (lambda model: (model / "tokenizer.json").unlink(), ("tokenizer.json",)),
     "broken tokenizer": (lambda model: (model / "tokenizer.json").write_text("{"), ("tokenizer",)),
     "no config": (lambda model: (model / "config.json").unlink(), ("config.json",)),
@@ -195,6 +203,17 @@ def test_layers_that_are_not_attention_are_refused_by_name(
     AutoConfig.for_model(family, **{**SMALL, **own}).save_pretrained(model)
     job_file = write_job(tmp_path, model, GOOD, "p.jsonl", prompts={"prompt_column": "prompt"})
     assert named in refused(job_file, capsys)
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_results_that_could_not_be_written_are_refused_before_any_work(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    job_file = write_job(
+        tmp_path, tiny_model, GOOD, "p.jsonl", prompts={"prompt_column": "prompt"}, results="taken"
+    )
+    assert f"results: {tmp_path / 'taken'}" in refused(job_file, capsys)
 
 
 @pytest.mark.parametrize("store", ["memory://store", "nowhere://store"])

@@ -143,16 +143,18 @@ def asked_of_prefect(api: str, what: str, wanted: dict[str, Any]) -> list[dict[s
     return found
 
 
-def first_run_of_demo(api: str) -> dict[str, Any]:
-    wanted = {"flow_runs": {"name": {"any_": ["demo"]}}, "sort": "START_TIME_ASC", "limit": 1}
-    [found] = asked_of_prefect(api, "flow_runs", wanted)
+def flow_run_of(job: FinishedJob, api: str) -> dict[str, Any]:
+    """The job's own: the last of its name that had started when its run began."""
+    wanted = {"name": {"any_": ["demo"]}, "start_time": {"before_": job.summary.started_at}}
+    newest = {"flow_runs": wanted, "sort": "START_TIME_DESC", "limit": 1}
+    [found] = asked_of_prefect(api, "flow_runs", newest)
     return found
 
 
 def test_prefect_shows_the_job_its_coarse_tasks_and_a_flow_for_each_stage(
     finished_job: FinishedJob, prefect_api: str
 ) -> None:
-    job_run = first_run_of_demo(prefect_api)
+    job_run = flow_run_of(finished_job, prefect_api)
     of_the_job = {"flow_runs": {"id": {"any_": [job_run["id"]]}}}
     tasks = asked_of_prefect(prefect_api, "task_runs", of_the_job)
     names = sorted(run["name"].split("-")[0] for run in tasks if run["state_name"] == "Completed")
@@ -171,7 +173,7 @@ def test_prefect_shows_the_job_its_coarse_tasks_and_a_flow_for_each_stage(
 def test_the_progress_artifact_ends_with_every_row(
     finished_job: FinishedJob, prefect_api: str
 ) -> None:
-    of_the_run = {"any_": [first_run_of_demo(prefect_api)["id"]]}
+    of_the_run = {"any_": [flow_run_of(finished_job, prefect_api)["id"]]}
     [artifact] = asked_of_prefect(prefect_api, "artifacts", {
         "artifacts": {"key": {"any_": ["progress"]}, "flow_run_id": of_the_run},
     })  # fmt: skip

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from stages.architecture import Model
-from stages.checkpoint import INDEX, SINGLE
+from stages.architecture import Model, read_config, whole_model
+from stages.checkpoint import INDEX, SINGLE, Checkpoint, require_whole
 from stages.errors import CheckpointError, UnsupportedModelError
 from stages.selfcheck import randomise
 from stages.shard import Shard, ShardSpec
@@ -102,6 +102,22 @@ def test_the_text_part_of_a_gemma_3_checkpoint_is_found(tmp_path: Path) -> None:
     ours, theirs = tensors(load(tmp_path).model), tensors(whole)
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name.replace("model.", "model.language_model.")]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_is_known_to_be_whole_from_its_headers(
+    tmp_path: Path, family: str, tied: bool
+) -> None:
+    write_random_model(tmp_path, family, 1, tie_word_embeddings=tied, max_shard_size="60KB")
+    model = whole_model(read_config(tmp_path), torch.float32)
+    require_whole(model, Checkpoint(tmp_path))
+    listing = json.loads((tmp_path / INDEX).read_text())
+    lost = next(name for name in listing["weight_map"] if name.startswith("model.layers.3."))
+    del listing["weight_map"][lost]
+    (tmp_path / INDEX).write_text(json.dumps(listing))
+    with pytest.raises(CheckpointError, match=r"1 tensors .* model\.layers\.3"):
+        require_whole(model, Checkpoint(tmp_path))
 
 
 def rewrite(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:

@@ -89,6 +89,12 @@ def test_a_query_prints_a_table_json_csv_or_parquet(finished_job: FinishedJob, r
     assert b"ordinary-0-0" in ask("table")
 
 
+def test_json_has_null_for_what_it_cannot_say(finished_job: FinishedJob, run: Run) -> None:
+    sql = "select 'nan'::double as a, [1, 'inf'::double] as b"
+    _, out, _ = run("query", sql, "--store", finished_job.store, "--format", "json")
+    assert json.loads(out, parse_constant=pytest.fail) == [{"a": None, "b": [1.0, None]}]
+
+
 @pytest.mark.parametrize(
     "sql",
     [

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import StoreError
-from storage.export import export
+from storage.export import export, require_target
 from storage.prompts import PromptSource
 from storage.schema import RESULT_SCHEMA
 from storage.store import JobStore
@@ -58,3 +58,18 @@ def test_a_store_with_a_missing_part_is_not_exported(store: JobStore, tmp_path: 
     with pytest.raises(StoreError, match="verify"):
         export(store, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_is_tried_and_nothing_of_the_trial_is_left(tmp_path: Path) -> None:
+    for target in (tmp_path / "new" / "folder", tmp_path / "mine.parquet"):
+        require_target(str(target))
+    require_target("memory://anywhere")
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+
+
+@pytest.mark.parametrize("target", ["taken", "taken/below", "folder.parquet"])
+def test_a_target_that_cannot_be_written_is_refused_by_name(tmp_path: Path, target: str) -> None:
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "folder.parquet").mkdir()
+    with pytest.raises(StoreError, match=target):
+        require_target(str(tmp_path / target))

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import InputError
-from storage.index import built_index, content_sha, index_batches
-from storage.prompts import PREFIX_CHARACTERS, PromptRow, PromptSource
+from storage.index import SAMPLED_ROWS, built_index, content_sha, index_batches
+from storage.prompts import PREFIX_CHARACTERS, PromptSource
 from storage.schema import INDEX_SCHEMA
 from tests.stored import prompts_at
 
@@ -95,15 +95,19 @@ def test_a_duplicate_id_in_an_openai_file_is_found(tmp_path: Path) -> None:
     assert (raised.value.row, raised.value.column) == (1, "custom_id")
 
 
-def test_the_caller_may_refuse_a_row(tmp_path: Path) -> None:
-    def short(row: PromptRow) -> None:
-        if row.length > 2:
-            raise ValueError("is too long for me")
+def test_a_sample_is_of_all_rows_and_the_same_every_time(tmp_path: Path) -> None:
+    lengths = [1] * 2000 + [3] * 2000  # sorted, as a file may be
+    source = prompts_at(tmp_path / "p.parquet", ["A" * length for length in lengths])
+    with built_index(source) as index, built_index(source) as again:
+        long = sum(row.length == 3 for row in index.sample)
+        assert len({row.row_id for row in index.sample}) == SAMPLED_ROWS
+        assert index.sample == again.sample
+    assert 0.35 * SAMPLED_ROWS < long < 0.65 * SAMPLED_ROWS  # five standard deviations
 
-    source = prompts_at(tmp_path / "p.parquet", ["A", "BBB"])
-    with pytest.raises(InputError, match="too long for me") as raised, built_index(source, short):
-        pass
-    assert raised.value.row == 1
+
+def test_a_small_input_is_its_own_sample(tmp_path: Path) -> None:
+    with built_index(prompts_at(tmp_path / "p.parquet", ["A", "B", "C"])) as index:
+        assert sorted(row.row_id for row in index.sample) == [0, 1, 2]
 
 
 def test_a_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

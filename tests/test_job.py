@@ -78,3 +78,13 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="nowhere"):
         load_job(tmp_path / "nowhere.yaml")
+
+
+def test_a_job_as_json_is_without_passwords_and_signatures(tmp_path: Path) -> None:
+    uris = ("ftp://me:hidden@host/p.jsonl", "https://host/out?signature=hidden")
+    text = MINIMAL.replace("name: complete", f"name: a\nresults: {uris[1]}")
+    job = load_job(write(tmp_path, text))
+    job = job.model_copy(update={"prompts": job.prompts.model_copy(update={"uri": uris[0]})})
+    assert (job.prompts.uri, job.results) == uris
+    assert "hidden" not in job.model_dump_json()
+    assert "ftp://host/p.jsonl" in job.model_dump_json()
