@@ -5,7 +5,6 @@ the others listen. What stages say arrives in one mailbox, read by one thread.
 """
 
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +43,7 @@ from stages.greeting import Listener
 from stages.identity import Identity, Member, make_identity
 from stages.link import Trust
 from stages.mailbox import Arrival, LinkDown, Mail, Mailbox
+from storage.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ class Fleet:
         self._settings = settings
         self._start = start
         self._pipelines = [tuple(s.node for s in p.stages) for p in plan.pipelines]
-        self._scratch = tempfile.TemporaryDirectory(prefix="wagonway-run-")  # mode 0700: keys
-        folder = Path(self._scratch.name)
+        self._scratch = Scratch("run")  # it holds keys
+        folder = self._scratch.path
         self._stations = {
             s.node: _Station(
                 s,

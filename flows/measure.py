@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from flows.job import Job
 from planner.facts import Cluster, CodecRate, LayerTimes, Link, ModelShape, Node
 from stages.codec import FAST, INT8
 from stages.config import REFUSED, Codec, ProbeFacts, ProbeSpec
+from storage.scratch import Scratch
 
 USABLE_MEMORY = 0.8
 """Share of the free memory that a run may plan with; the rest is the system's and the driver's."""
@@ -68,8 +69,13 @@ def measure(job: Job, stages: int) -> Measured:
 
 
 def _probed(spec: ProbeSpec) -> ProbeFacts:
-    with tempfile.TemporaryDirectory(prefix="wagonway-probe-") as folder:
-        spec_path, facts_path = Path(folder) / "spec.json", Path(folder) / "facts.json"
+    if find_spec("torch") is None:
+        raise JobError(
+            "there is no torch here, so nothing can be computed: "
+            "install wagonway with its extra `stage`, or run on a node that has it"
+        )
+    with Scratch("probe") as folder:
+        spec_path, facts_path = folder / "spec.json", folder / "facts.json"
         spec_path.write_text(spec.model_dump_json(), encoding="utf-8")
         child = subprocess.run(
             [sys.executable, "-P", "-m", "stages.probe", str(spec_path), str(facts_path)],

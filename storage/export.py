@@ -1,12 +1,12 @@
 """The finished table, as one Parquet file anywhere: live rows joined to the newest index."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from storage.errors import StoreError
 from storage.files import files_at
 from storage.schema import RESULT_SCHEMA
+from storage.scratch import Scratch
 from storage.sql import connection, own_query
 from storage.store import JobStore
 
@@ -28,8 +28,8 @@ def export(store: JobStore, target_uri: str) -> int:
     snapshot = store.snapshot()
     folder, name = _target(target_uri)
     tables = {"index_rows": store.index_rows(snapshot), "part_rows": store.part_rows(snapshot)}
-    with TemporaryDirectory(prefix="wagonway-export-") as scratch:
-        finished = Path(scratch) / FILE_NAME
+    with Scratch("export") as scratch:
+        finished = scratch / FILE_NAME
         with connection(tables) as database, own_query(store.files.shown):
             rows_now = current_results("part_rows", "index_rows")
             database.sql(

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from storage.files import shown
 from storage.formats import read_rows
 from storage.prompts import PromptRow, PromptSource
 from storage.schema import INDEX_SCHEMA
+from storage.scratch import Scratch
 
 GROUP_ROWS = 65_536
 SAMPLED_ROWS = 256
@@ -52,8 +52,8 @@ def built_index(source: PromptSource) -> Iterator[BuiltIndex]:
     Raises InputError at the first fault; nothing is left behind then. Memory: 8 bytes a row, beside
     one batch and the sample.
     """
-    with TemporaryDirectory(prefix="wagonway-index-") as scratch:
-        path = Path(scratch) / "rows.parquet"
+    with Scratch("index") as folder:
+        path = folder / "rows.parquet"
         sample = _Sample()
         keys, named = _write_rows(sample.passing(read_rows(source)), path)
         repeated = _repeated(keys)

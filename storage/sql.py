@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 
 import duckdb
 
 from storage.errors import StoreError
+from storage.scratch import Scratch
 
 
 @contextmanager
@@ -16,8 +16,8 @@ def connection(tables: Mapping[str, object]) -> Iterator[duckdb.DuckDBPyConnecti
     What does not fit into memory spills to a scratch folder that is gone afterwards.
     """
     with (
-        TemporaryDirectory(prefix="wagonway-sql-") as scratch,
-        duckdb.connect(":memory:", config={"temp_directory": scratch}) as opened,
+        Scratch("sql") as scratch,
+        duckdb.connect(":memory:", config={"temp_directory": str(scratch)}) as opened,
     ):
         opened.sql("set python_enable_replacements = false")
         opened.sql("set TimeZone = 'UTC'")

@@ -36,6 +36,7 @@ with built_index(prompt_source(job)) as index:
     print(index.rows)
 print(exit_status(["query", "select count(*) as n from results", "--store", store, "--format", "csv"]))
 print(exit_status(["verify", job_file, "--store", store]))
+print(exit_status(["plan", job_file]))
 print(sorted(name for name in sys.modules if name.partition(".")[0] in ("torch", "safetensors")))
 """
 
@@ -47,7 +48,8 @@ def said(finished_job: FinishedJob) -> list[str]:
         env=environment(""), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
-    assert "torch" not in child.stderr.lower()
+    [only] = child.stderr.lower().splitlines()
+    assert only.startswith("wagonway: there is no torch here")
     return child.stdout.splitlines()
 
 
@@ -58,7 +60,7 @@ def test_the_driver_validates_encodes_and_queries_without_torch(
     assert said[0].startswith("[97, 98, 99] [")
     assert said[1] == rows
     assert said[2:5] == ['"n"', rows, "0"]
-    assert said[-2:] == ["0", "[]"]
+    assert said[-3:] == ["0", "2", "[]"]
 
 
 def test_the_installed_command_is_the_module(tmp_path: Path) -> None:
