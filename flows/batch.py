@@ -61,7 +61,7 @@ def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
                     start_stages(fleet)
                     process(run, fleet, settings.ring)
             finally:
-                run.worked(fleet.vitals())
+                run.worked(fleet)
         return finish(run)
     except BaseException:
         run.ended("failed")
@@ -120,6 +120,8 @@ def process(run: Run, fleet: Fleet, ring: Ring) -> None:
                     run.tally.count(row)
                 if writer.due():
                     _commit(writer, run.store)
+                if run.due():
+                    run.worked(fleet)
         finally:
             writer.commit()  # what is answered is kept, whatever became of the rest
 

@@ -200,6 +200,10 @@ def status(job: OptionalName = None, store: Store = "store", as_json: AsJson = F
     """How far each job of the store is, or one job."""
     name = _job_name(job) if job else None
     _print_table(sql_query(store, _STATUS, name), Format.JSON if as_json else Format.TABLE)
+    if name is not None and not as_json:
+        links = sql_query(store, _LINKS, name)
+        if links.num_rows:
+            _print_table(links, Format.TABLE)
 
 
 _STATUS = """
@@ -209,6 +213,15 @@ _STATUS = """
         select job, arg_max(status, started_at) as status, arg_max(tokens_per_s, started_at)
                as tokens_per_s, max(started_at) as started_at from runs group by job
     ) r using (job) order by j.job
+"""
+
+_LINKS = """
+    select source, target, level, round(ratio, 2) as ratio, round(payload_bytes / 1e6, 1) as mb,
+           round(seen_bytes_per_s * 8 / 1e6, 1) as mbit_per_s, round(seen_rtt_s * 1e3, 1) as rtt_ms,
+           round(100 * seen_loss, 2) as loss_percent, frames_waiting as waiting,
+           frames_sent_again as sent_again, reconnects
+    from links where payload_bytes > 0 and run_id = (select max(run_id) from links)
+    order by source, target
 """
 
 

@@ -29,6 +29,7 @@ from stages.control import (
     Heartbeat,
     Hello,
     LeasedRow,
+    LinkReport,
     Peer,
     Ready,
     Rows,
@@ -172,6 +173,11 @@ class Fleet:
     def vitals(self) -> dict[str, Heartbeat]:
         """Every stage's last heartbeat, by name; after `stop`, its final one."""
         return {s.member: s.link.heard for s in self._stations.values() if s.link and s.link.heard}
+
+    def control(self) -> dict[str, LinkReport]:
+        """What the driver's ends of the control connections have carried, by stage."""
+        stations = self._stations.values()
+        return {s.member: s.link.connection.report() for s in stations if s.link is not None}
 
     def stop(self) -> None:
         """Ask every stage to leave, and wait for it; who has not joined yet finds the door shut."""

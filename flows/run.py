@@ -1,6 +1,7 @@
 """One execution of a job: its names, its counts, and what the store keeps of it."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -10,17 +11,19 @@ from secrets import token_hex
 from pydantic import JsonValue
 
 from flows.job import Job
-from flows.launch import EPOCH
+from flows.launch import DRIVER, EPOCH, Fleet
+from flows.links import link_rows
 from flows.measure import Measured
 from flows.model import ModelFolder
 from flows.report import Tally, finite
 from planner.plan import Plan
 from stages.codec import INT8
-from stages.control import Heartbeat
 from storage.errors import JobNotFoundError
 from storage.progress import Progress, unanswered
 from storage.prompts import PromptRow, PromptSource
 from storage.store import JobStore
+
+RECORD_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Run:
         """What was answered when the run began."""
         self.id = f"{now:%Y%m%dT%H%M%S}-{token_hex(3)}"
         self.plan_id = ""
+        self._recorded_s = time.monotonic()
         self.activations = "exact"
         """What the plan's links make of activations: exact or int8."""
         self.unfit = 0
@@ -85,8 +89,10 @@ class Run:
         self.store.write_run_file(self.id, "plan", document)
         self.store.write_run_file(self.id, "cluster", finite(asdict(measured.cluster)))
 
-    def worked(self, vitals: Mapping[str, Heartbeat]) -> None:
-        """Keep what the stages say of their work."""
+    def worked(self, fleet: Fleet) -> None:
+        """Keep what the stages say of their work so far."""
+        vitals = fleet.vitals()
+        self._recorded_s = time.monotonic()
         tally = self.tally
         seconds = tally.seconds
         made = tally.answered - tally.earlier
@@ -97,13 +103,17 @@ class Run:
             seconds=seconds,
             tokens_per_s=tally.output_tokens / seconds,
             rows_per_s=made / seconds,
-            links=tuple(_links(vitals)),
+            links=tuple(link_rows(vitals, DRIVER, fleet.control())),
             stages=tuple(
                 {"node": name, "busy_s": beat.busy_s, "frames": beat.frames, "tokens": beat.tokens}
                 for name, beat in vitals.items()
             ),
         )
         self._record()
+
+    def due(self) -> bool:
+        """Whether it is time again to keep what the stages say."""
+        return time.monotonic() - self._recorded_s > RECORD_EVERY_S
 
     def ended(self, status: str) -> None:
         """Keep how the run ended."""
@@ -157,21 +167,6 @@ def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:
     if job.activations != "exact":  # what loses bits is named; what loses none changes no answer
         answers["activations"] = job.activations
     return answers
-
-
-def _links(vitals: Mapping[str, Heartbeat]) -> Iterator[dict[str, object]]:
-    """Each data link as its sender counts it."""
-    for name, beat in vitals.items():
-        for link in beat.links:
-            if link.payload_bytes_sent:  # else it is the other end, which sends acknowledgements
-                yield {
-                    "source": name,
-                    "target": link.peer,
-                    "frames": link.frames_sent,
-                    "payload_bytes": link.payload_bytes_sent,
-                    "wire_bytes": link.tls_bytes_sent,
-                    "tokens": beat.tokens,
-                }
 
 
 def _now() -> str:

@@ -124,7 +124,7 @@ class Ack:
     """The receiver's own work for such a frame, where decoding takes that work's CPU; else 0."""
 
     def encode(self, run: int) -> Packet:
-        """The frame's bytes: 72."""
+        """The frame's bytes: 68."""
         label = Label(Kind.ACK, run, self.epoch, frame=self.frame)
         times = (min(us, MAX_US) for us in (self.held_us, self.decode_us, self.work_us))
         return seal(label, b"", _TIMES.pack(*times))

@@ -96,10 +96,24 @@ class MeasuredStage(_Record):
 class MeasuredLink(_Record):
     source: str
     target: str
+    level: str | None = None
     frames: int | None = None
-    payload_bytes: int | None = None
-    wire_bytes: int | None = None
     tokens: int | None = None
+    activation_bytes: int | None = None
+    payload_bytes: int | None = None
+    framing_bytes: int | None = None
+    control_bytes: int | None = None
+    ack_bytes: int | None = None
+    wire_bytes: int | None = None
+    ratio: float | None = None
+    seen_bytes_per_s: float | None = None
+    seen_rtt_s: float | None = None
+    seen_loss: float | None = None
+    blocked_s: float | None = None
+    frames_waiting: int | None = None
+    frames_sent_again: int | None = None
+    reconnects: int | None = None
+    congestion_control: str | None = None
 
 
 class SummaryFile(_Record):

@@ -129,10 +129,25 @@ LINK_SCHEMA = pa.schema(
         ("latency_s", pa.float64()),
         ("bytes_per_s", pa.float64()),
         ("loss", pa.float64()),
+        # The above was measured or decided before the run; what follows the run has seen.
+        ("level", pa.string()),  # the codec's, of most activations
         ("frames", pa.int64()),
-        ("payload_bytes", pa.int64()),
-        ("wire_bytes", pa.int64()),
         ("tokens", pa.int64()),
+        ("activation_bytes", pa.int64()),  # before they were coded
+        ("payload_bytes", pa.int64()),  # as coded, and token ids
+        ("framing_bytes", pa.int64()),
+        ("control_bytes", pa.int64()),
+        ("ack_bytes", pa.int64()),  # which the target sent back
+        ("wire_bytes", pa.int64()),  # all that the source handed to TLS
+        ("ratio", pa.float64()),
+        ("seen_bytes_per_s", pa.float64()),  # while the link had work
+        ("seen_rtt_s", pa.float64()),
+        ("seen_loss", pa.float64()),  # of TCP segments
+        ("blocked_s", pa.float64()),
+        ("frames_waiting", pa.int64()),
+        ("frames_sent_again", pa.int64()),
+        ("reconnects", pa.int64()),
+        ("congestion_control", pa.string()),
     ]
 )
 

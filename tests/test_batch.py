@@ -185,6 +185,32 @@ def test_the_progress_artifact_ends_with_every_row(
     assert artifact["description"].endswith("tokens/s, ETA 0 s")
 
 
+def test_links_say_what_they_carried_by_kind_and_what_they_saw(
+    finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(finished_job.store)
+    rows = query(store, "select * from links where wire_bytes > 0").to_pylist()
+    links = {(link["source"], link["target"]): link for link in rows}
+    ring = [("local-0", "local-1"), ("local-1", "local-0")]
+    stages = ("local-0", "local-1")
+    control = {("driver", name) for name in stages} | {(name, "driver") for name in stages}
+    assert links.keys() == {*ring, *control}
+    for link in (links[pair] for pair in ring):
+        parts = link["payload_bytes"] + link["framing_bytes"] + link["control_bytes"]
+        assert link["wire_bytes"] == parts
+        assert 56 * link["frames"] <= link["ack_bytes"] <= 68 * link["frames"]
+        assert (link["frames_waiting"], link["frames_sent_again"], link["reconnects"]) == (0, 0, 0)
+        assert 0 < link["seen_rtt_s"] < 1
+    forward, back = (links[pair] for pair in ring)
+    assert forward["activation_bytes"] == 64 * 4 * forward["tokens"]
+    assert forward["ratio"] >= 1
+    assert forward["seen_bytes_per_s"] > 1e5
+    assert back["payload_bytes"] == 4 * finished_job.summary.output_tokens
+    assert back["activation_bytes"] == 0
+    assert exit_status(["status", "demo", "--store", store]) == 0
+    assert "local-1 │ local-0" in capsys.readouterr().out
+
+
 def test_a_rerun_computes_nothing_again(
     finished_job: FinishedJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,8 +270,8 @@ def test_a_job_that_asks_for_it_rounds_activations_and_says_so_row_by_row(
     said = {name: row["activations"] for name, row in results(store).items()}
     assert said == {row["id"]: "int8" for row in rows} | {"empty": None}
     assert {row["activations"] for row in results(finished_job.store).values()} == {"exact", None}
-    [link] = query(str(store), "select * from links where target = 'local-1'").to_pylist()
-    assert link["codec"] == "int8"
+    [link] = query(str(store), "select * from links where codec = 'int8'").to_pylist()
+    assert link["target"] == "local-1"
     assert link["payload_bytes"] < 0.5 * 64 * 4 * link["tokens"]
     exact = job_file.with_name("exact.yaml")
     exact.write_text(job_file.read_text().replace("int8", "exact"))
