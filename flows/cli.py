@@ -29,9 +29,9 @@ from flows.measure import measure
 from flows.planning import make_plan
 from flows.report import finite
 from planner.advice import Advice, advise
-from planner.baselines import METHODS
+from planner.baselines import METHODS, policy_of
 from planner.explain import explain
-from planner.leases import POLICIES, Policy
+from planner.leases import Policy
 from planner.plan import Plan, as_mapping
 from planner.simulate import Simulated
 from storage.catalog import query as sql_query
@@ -148,8 +148,12 @@ def simulate_plan(  # noqa: PLR0913, PLR0917  a command's options are its parame
         ),
     ] = None,
     policy: Annotated[
-        Policy, typer.Option(help="Who takes the next row; ws-rr gives rows out as they come.")
-    ] = POLICIES[0],
+        Policy | None,
+        typer.Option(
+            help="Who takes the next row; ws-rr gives rows out as they come.",
+            show_default="the method's own",
+        ),
+    ] = None,
     leave: Annotated[
         list[str] | None,
         typer.Option(metavar="NODE@SECONDS", help="A node leaves then; repeatable."),
@@ -166,7 +170,9 @@ def simulate_plan(  # noqa: PLR0913, PLR0917  a command's options are its parame
 ) -> None:
     """Play a plan event by event on imagined nodes: throughput, latencies, who is busy."""
     given = read_what_if(cluster, load_job(job_file) if job_file else None)
-    course = Course(seed, arrivals, policy, leave or (), join or (), trace is not None)
+    course = Course(
+        seed, arrivals, policy or policy_of(method), leave or (), join or (), trace is not None
+    )
     planned = given.at_first(course).plan(method)
     seen = given.play(planned, course)
     if trace is not None:

@@ -14,6 +14,7 @@ from flows.run import prompt_source
 from planner.baselines import METHODS, baseline
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.leases import POLICIES, Policy
+from planner.milp import MissingSolverError
 from planner.plan import Plan
 from planner.rehearse import REHEARSED_ROWS, rehearsed
 from planner.rows import arriving, sample_rows
@@ -63,6 +64,8 @@ class Imagined:
             return baseline(method, self.cluster, self.model, self.work)
         except InfeasibleError as error:
             raise JobError(f"no plan fits: {error}") from error
+        except MissingSolverError as error:
+            raise JobError(str(error)) from error
 
     def _rehearsed(self) -> Plan:
         few = replace(self.work, rows=min(self.work.rows, REHEARSED_ROWS))

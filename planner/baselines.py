@@ -2,19 +2,24 @@
 
 A method decides which nodes form a pipeline, in which order, and with how many layers each; where it
 has no word for the ring's settings, it gets the best micro-batch and number in flight of our grid.
-Its links stay raw. Placements with overlapping blocks become disjoint chains, shortest first.
+Its links stay raw. Placements with overlapping blocks become disjoint chains, shortest first; so do
+Helix's flows, widest first. Integer programs get their first MILP_LIMIT_S, and say where they stopped.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.chain import Split
 from planner.cost import Cell, Role, kv_layer_bytes, mean_context, stage_table
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
-from planner.grid import cells
+from planner.grid import MICRO_BATCH_ROWS, cells
 from planner.infeasible import why_none
 from planner.layer_times import decode_layer_s
+from planner.leases import POLICIES, Policy
+from planner.milp_bprr import bprr
+from planner.milp_helix import helix, widest_ways
 from planner.placement import (
     Server,
     Sizes,
@@ -38,6 +43,17 @@ Chain = tuple[tuple[int, ...], tuple[int, ...]]
 """Nodes in order, and the layers of each."""
 DESIGN_SESSIONS = 32
 """Requests in flight that placements reserve caches for, where memory allows."""
+MILP_LIMIT_S = 20.0
+MILP_REQUESTS = 2
+"""Routes of the BPRR program, each of half of the design's sessions: more would not be solved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a method decides, and what must be said of it."""
+
+    chains: list[Chain]
+    notes: tuple[str, ...] = ()
 
 
 def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
@@ -46,14 +62,17 @@ def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workloa
     Raises:
         InfeasibleError: the method finds no pipeline that holds the model on these nodes.
         KeyError: there is no such method.
+        MissingSolverError: the method is an integer program, and HiGHS is not installed.
     """
     given = problem(cluster, model, workload)
     tried = cells(workload)
-    rings = [ring for chain in METHODS[method](given) if (ring := _ring(given, tried, chain))]
+    placed = METHODS[method](given)
+    rings = [ring for chain in placed.chains if (ring := _ring(given, tried, chain))]
     if not rings:
         reason = why_none(given, tried)
         raise InfeasibleError(f"{method} forms no pipeline on these nodes: {reason}")
-    return plan_of(given, rings, 0.0)
+    plan = plan_of(given, rings, 0.0)
+    return replace(plan, basis=(*placed.notes, *plan.basis))
 
 
 def _ring(given: Problem, tried: tuple[Cell, ...], chain: Chain) -> Found | None:
@@ -107,24 +126,43 @@ def _sessions(given: Problem) -> int:
     )
 
 
-def _cg_bp(given: Problem) -> list[Chain]:
+def _cg_bp(given: Problem) -> Placed:
     spans = cg_bp(_servers(given), _sizes(given), _sessions(given))
-    return _disjoint(given, spans or [])
+    return Placed(_disjoint(given, spans or []))
 
 
-def _petals(given: Problem) -> list[Chain]:
+def _bprr(given: Problem) -> Placed:
+    """Sessions in MILP_REQUESTS bundles, each routed as one."""
+    sizes, bundle = _sizes(given), -(-_sessions(given) // MILP_REQUESTS)
+    bundled = replace(sizes, cache_bytes=sizes.cache_bytes * bundle)
+    found = bprr(_servers(given), bundled, MILP_REQUESTS, MILP_LIMIT_S)
+    if found is None:
+        return Placed([])
+    gap = 1.0 - found.bound_s / found.seconds
+    return Placed(_disjoint(given, list(found.spans)), _stopped("bprr", found.proved, gap))
+
+
+def _stopped(method: str, proved: bool, gap: float) -> tuple[str, ...]:
+    if proved:
+        return ()
+    return (f"{method}: stopped after {MILP_LIMIT_S:g} s, at most {gap:.0%} from its optimum",)
+
+
+def _petals(given: Problem) -> Placed:
     servers, model = _servers(given), given.model
     held = [petals_blocks(s, model.layer_bytes, model.hidden) for s in servers]
-    return _disjoint(given, petals(servers, model.layers, held))
+    return Placed(_disjoint(given, petals(servers, model.layers, held)))
 
 
-def _gbp_cr(given: Problem) -> list[Chain]:
+def _gbp_cr(given: Problem) -> Placed:
     chains = gbp_cr(_servers(given), _sizes(given), _sessions(given))
     at = {node.name: i for i, node in enumerate(given.nodes)}
-    return [
-        (tuple(at[s.server.name] for s in chain), tuple(s.blocks for s in chain))
-        for chain in chains
-    ]
+    return Placed(
+        [
+            (tuple(at[s.server.name] for s in chain), tuple(s.blocks for s in chain))
+            for chain in chains
+        ]
+    )
 
 
 def _disjoint(given: Problem, spans: list[Span]) -> list[Chain]:
@@ -141,7 +179,7 @@ def _disjoint(given: Problem, spans: list[Span]) -> list[Chain]:
         spans = [span for span in spans if span not in used]
 
 
-def _parallax(given: Problem) -> list[Chain]:
+def _parallax(given: Problem) -> Placed:
     """Half of a node's memory for weights, water-filled by FLOP/s."""
     capacity = [
         int(_room(given, i) * 0.5 // given.model.layer_bytes) for i in range(len(given.nodes))
@@ -151,24 +189,68 @@ def _parallax(given: Problem) -> list[Chain]:
         speed = [given.nodes[i].flop_per_s for i in group]
         layers = water_fill([capacity[i] for i in group], speed, given.model.layers)
         chains.append((tuple(group), tuple(layers)))
-    return chains
+    return Placed(chains)
 
 
-def _equal(given: Problem) -> list[Chain]:
+def _helix(given: Problem) -> Placed:
+    """At most half of a node's memory for weights; rates at the batch that its KV memory allows."""
+    able = [i for i in range(len(given.nodes)) if _helix_rates(given, i)]
+    if not able:
+        return Placed([])
+    links = given.net.bytes_per_s[np.ix_(able, able)] / given.model.activation_bytes_per_token
+    rates = [_helix_rates(given, i) for i in able]
+    found = helix(rates, links, given.model.layers, MILP_LIMIT_S)
+    if found is None:
+        return Placed([])
+    chains = [
+        (tuple(able[i] for i in way), tuple(found.layers[i][1] - found.layers[i][0] for i in way))
+        for way in widest_ways(found, given.model.layers)
+    ]
+    gap = 1.0 - found.tokens_per_s / found.bound if found.bound else 0.0
+    return Placed(chains, _stopped("helix", found.proved, gap))
+
+
+def _helix_rates(given: Problem, node: int) -> list[float]:
+    """Tokens/s by number of layers, at the decode batch that fits beside them."""
+    model, room, rates = given.model, _room(given, node), []
+    context = mean_context(given.work)
+    for layers in range(1, model.layers + 1):
+        weights = layers * model.layer_bytes
+        rows = int((room - weights) // (layers * kv_layer_bytes(model, given.work, 1)))
+        if weights > room / 2 or rows < 1:
+            break
+        rows = min(rows, MICRO_BATCH_ROWS[-1], given.work.rows)
+        step_s = layers * decode_layer_s(given.nodes[node], model, rows, context)
+        rates.append(rows / step_s)
+    return rates
+
+
+def _equal(given: Problem) -> Placed:
     """All nodes in the given order, the same number of layers each."""
     cell = cells(given.work)[0]
     table = stage_table(given.nodes, given.model, given.work, cell, Role.MIDDLE).busy_s
     usable = [i for i in range(len(given.nodes)) if np.isfinite(table[i, 0])]
     usable = usable[: given.model.layers]
     if not usable:
-        return []
-    return [(tuple(usable), tuple(equal_split(len(usable), given.model.layers)))]
+        return Placed([])
+    return Placed([(tuple(usable), tuple(equal_split(len(usable), given.model.layers)))])
 
 
-METHODS: dict[str, Callable[[Problem], list[Chain]]] = {
+METHODS: dict[str, Callable[[Problem], Placed]] = {
     "cg-bp": _cg_bp,
+    "ws-rr": _cg_bp,
     "gbp-cr": _gbp_cr,
     "petals": _petals,
     "parallax": _parallax,
     "equal": _equal,
+    "bprr": _bprr,
+    "helix": _helix,
 }
+"""`ws-rr` is `cg-bp` with a second time scale: its routing is a policy of the run, not of the plan."""
+PROGRAMS = ("bprr", "helix")
+"""Methods that are integer programs: they need HiGHS, and up to MILP_LIMIT_S."""
+
+
+def policy_of(method: str) -> Policy:
+    """Who takes the next row in a run of the method's plan."""
+    return "ws-rr" if method == "ws-rr" else POLICIES[0]
