@@ -153,7 +153,7 @@ def test_every_method_makes_whole_disjoint_pipelines_or_says_why_not(method: str
     made = 0
     # Integer programs take a second each; the others are quick.
     for seed in range(3 if method in PROGRAMS else 20):
-        cluster, model, work = random_case(seed, 5, 8)
+        cluster, model, work = random_case(seed, 3 if method in PROGRAMS else 5, 8)
         try:
             plan = baseline(method, cluster, model, work)
         except InfeasibleError as error:
