@@ -19,6 +19,8 @@ class Server:
     """Per token between a client and the server, overhead included; the worst client's."""
     block_s: float
     """Per token and block."""
+    most_blocks: int | None = None
+    """A cap that some evaluations put on small servers, beside their memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class Span:
 def blocks_held(server: Server, sizes: Sizes, sessions: int) -> int:
     """Blocks that fit with a cache for so many sessions in each (BPRR, step 1)."""
     each = sizes.block_bytes + sizes.cache_bytes * sessions
-    return min(int(server.memory_bytes // each), sizes.blocks)
+    most = sizes.blocks if server.most_blocks is None else min(server.most_blocks, sizes.blocks)
+    return min(int(server.memory_bytes // each), most)
 
 
 def sessions_held(server: Server, sizes: Sizes, blocks: int) -> int:

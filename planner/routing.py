@@ -1,7 +1,7 @@
 """Published ways to route requests over placed blocks; our yardsticks beside `placement`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from planner.placement import Sizes, Span
@@ -64,56 +64,51 @@ def route_s(route: Sequence[Hop]) -> float:
     return sum(h.span.server.round_trip_s + h.span.server.block_s * h.blocks for h in route)
 
 
-@dataclass(slots=True)
-class Online:
-    """WS-RR: routes requests as they come, each on the path of least waiting plus service.
+def cache_slots(spans: Sequence[Span], sizes: Sizes) -> list[int]:
+    """Caches of one session in one block that fit beside every span's weights."""
+    free = [s.server.memory_bytes - sizes.block_bytes * s.blocks for s in spans]
+    return [int(bytes_left // sizes.cache_bytes) for bytes_left in free]
 
-    Mutable: remembers when the sessions at every span end, as the paper's two time scales ask:
-    the placement stays, the routing follows the load.
+
+def petals_route(
+    spans: Sequence[Span],
+    blocks: int,
+    way_s: Callable[[str, str], float],
+    penalty_s: Sequence[float],
+) -> list[Hop] | None:
+    """Petals' own route of least latency: half a round trip a hop, and every span to its end.
+
+    `way_s(a, b)` is that half between two servers, or from the client (""); `penalty_s[i]` what span
+    i is charged for being short of cache.
     """
+    best: dict[int, float] = {}
+    came: dict[int, tuple[int, Hop]] = {}
+    ends: list[tuple[float, int, int]] = [(0.0, 0, -1)]
+    while ends:
+        time, done, last = heappop(ends)
+        if done == blocks:
+            return _trace_spans(came, last)
+        if time > best.get(last, 0.0):
+            continue
+        here = spans[last].server.name if last >= 0 else ""
+        for number, span in enumerate(spans):
+            count = hop_blocks(done, span)
+            if not count:
+                continue
+            total = time + way_s(here, span.server.name) + penalty_s[number]
+            total += span.server.block_s * count
+            if total < best.get(number, float("inf")):
+                best[number], came[number] = total, (last, Hop(span, count))
+                heappush(ends, (total, span.end, number))
+    return None
 
-    spans: Sequence[Span]
-    sizes: Sizes
-    ends: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
-    """By span: (time it ends, blocks it caches) of the sessions there."""
 
-    def route(self, now_s: float, tokens: int) -> tuple[list[Hop], float] | None:
-        """A request's route and the seconds it waits first; None where no route exists.
-
-        Its caches are held from its start until its last token.
-        """
-        waits = {
-            i: [self._wait_s(i, k, now_s) / tokens for k in range(1, span.blocks + 1)]
-            for i, span in enumerate(self.spans)
-        }
-        route = shortest_route(self.spans, self.sizes.blocks, waits)
-        if route is None:
-            return None
-        numbers = [self.spans.index(hop.span) for hop in route]
-        wait = max(
-            self._wait_s(i, hop.blocks, now_s) for i, hop in zip(numbers, route, strict=True)
-        )
-        end = now_s + wait + tokens * route_s(route)
-        for i, hop in zip(numbers, route, strict=True):
-            self.ends.setdefault(i, []).append((end, hop.blocks))
-        return route, wait
-
-    def _wait_s(self, number: int, blocks: int, now_s: float) -> float:
-        """Until enough sessions at a span have ended for `blocks` more caches."""
-        span = self.spans[number]
-        free = span.server.memory_bytes - self.sizes.block_bytes * span.blocks
-        slots = int(free // self.sizes.cache_bytes)
-        live = sorted(end for end in self.ends.get(number, []) if end[0] > now_s)
-        used = sum(cached for _, cached in live)
-        if blocks > slots:
-            return float("inf")
-        wait = 0.0
-        for end, cached in live:
-            if slots - used >= blocks:
-                break
-            used -= cached
-            wait = end - now_s
-        return wait
+def _trace_spans(came: dict[int, tuple[int, Hop]], last: int) -> list[Hop]:
+    route: list[Hop] = []
+    while last >= 0:
+        last, hop = came[last]
+        route.append(hop)
+    return route[::-1]
 
 
 def chains_by_capacity(spans: Sequence[Span], sizes: Sizes) -> list[tuple[list[Hop], int]]:
@@ -122,10 +117,7 @@ def chains_by_capacity(spans: Sequence[Span], sizes: Sizes) -> list[tuple[list[H
     Each chain comes with its sessions; the rate they carry is the sum of sessions / chain time
     (Little's law).
     """
-    slots = {
-        i: int((s.server.memory_bytes - sizes.block_bytes * s.blocks) // sizes.cache_bytes)
-        for i, s in enumerate(spans)
-    }
+    slots = dict(enumerate(cache_slots(spans, sizes)))
     chains: list[tuple[list[Hop], int]] = []
     alive = set(range(len(spans)))
     while True:

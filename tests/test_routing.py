@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from planner.online import WaitAware
 from planner.placement import Server, Sizes, Span, cg_bp
-from planner.routing import Online, chains_by_capacity, hop_blocks, route_s, shortest_route
+from planner.routing import chains_by_capacity, hop_blocks, route_s, shortest_route
 from tests.test_placement import servers
 
 
@@ -46,7 +47,7 @@ def test_nobody_waits_within_the_design_and_routes_are_the_shortest(seed: int) -
         return
     best = shortest_route(spans, sizes.blocks)
     assert best is not None
-    online = Online(spans, sizes)
+    online = WaitAware.over(spans, sizes)
     for _ in range(sessions):
         routed = online.route(0.0, tokens=100)
         assert routed is not None
@@ -57,7 +58,7 @@ def test_nobody_waits_within_the_design_and_routes_are_the_shortest(seed: int) -
 
 def test_request_beyond_the_memory_waits_for_a_session_to_end() -> None:
     server = Server("s", 10.0, 0.1, 0.1)
-    online = Online([Span(server, 0, 4)], Sizes(4, 2.0, 0.5))
+    online = WaitAware.over([Span(server, 0, 4)], Sizes(4, 2.0, 0.5))
     first = online.route(0.0, tokens=10)
     second = online.route(1.0, tokens=10)
     assert first is not None
