@@ -7,7 +7,7 @@ the others listen. What stages say arrives in one mailbox, read by one thread.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -72,6 +72,10 @@ class StageSettings:
     dtype: DType
     threads: int
     ring: Ring
+    driver_host: str = HOST
+    """Where the driver listens."""
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    """Where each stage does; those not named do on this machine's loopback."""
 
 
 @dataclass(slots=True)
@@ -124,7 +128,7 @@ class Fleet:
         }
         self._identity = make_identity(DRIVER, folder)
         members = [Member(s.member, s.identity.certificate_pem) for s in self._stations.values()]
-        self._listener = Listener(Trust(self._identity, members), self._hello, HOST)
+        self._listener = Listener(Trust(self._identity, members), self._hello, settings.driver_host)
         self._mailbox = Mailbox()
         self._leases = 0
 
@@ -223,7 +227,7 @@ class Fleet:
             incoming_codec=station.incoming_codec,
             driver=DRIVER,
             driver_address=Address(host=host, port=port),
-            listen=Address(host=HOST, port=0),
+            listen=Address(host=settings.hosts.get(station.member, HOST), port=0),
             certificate=station.identity.certificate_path,
             key=station.identity.key_path,
             members={i.name: i.certificate_pem for i in known if i.name != station.member},

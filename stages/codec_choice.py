@@ -16,6 +16,7 @@ from stages.codec import FAST, RAW
 
 NEWEST_SHARE = 0.2  # of a running mean: five observations make the most of it
 TO_SWITCH = 1.05  # a level must promise this much more than the one in use
+THE_SAME = 1.002  # what costs no more than this is taken for equal, and sends fewer bytes
 FIRST_PROBES = 2  # frames of each level before the first choice
 PROBE_EVERY = 64
 PROBING_SHARE = 0.002  # of the link's time: a level that loses by far is tried the more rarely
@@ -121,14 +122,14 @@ class LevelChooser:
         return None
 
     def _best(self, size: _SizeClass) -> str:
-        """The level in use, or another that costs enough less; raw once it costs no more."""
+        """The level in use, or another that costs enough less; raw once it costs less."""
         if not self.link_s_per_byte:
             return size.level
         cost_s = {level: self._s_per_byte(seen) for level, seen in size.seen.items()}
         best = min(cost_s, key=cost_s.__getitem__)
         if TO_SWITCH * cost_s[best] < cost_s[size.level]:
             size.level = best
-        if cost_s.get(RAW, math.inf) <= cost_s[size.level]:
+        if THE_SAME * cost_s.get(RAW, math.inf) <= cost_s[size.level]:
             size.level = RAW
         return size.level
 

@@ -140,5 +140,15 @@ def test_stage_that_needs_the_cpu_itself_counts_it() -> None:
     assert at_fast == pytest.approx(1 / (1 / 1.0e9 + compute_s_per_byte), rel=0.01)
 
 
+@pytest.mark.parametrize(("work_s", "level"), [(0.2, FAST), (0.002, RAW)])
+def test_a_stage_that_computes_longer_than_its_link_sends_keeps_what_costs_it_nothing(
+    work_s: float, level: str
+) -> None:
+    wire = Wire(1000 * MBIT)
+    chooser = LevelChooser(start=FAST, compute_s_per_byte=work_s / FRAME)
+    chosen = [wire.send(chooser) for _ in range(100)]
+    assert chosen[-50:].count(level) >= 48
+
+
 def test_prediction_is_infinite_while_nothing_costs() -> None:
     assert LevelChooser().predicted_bytes_per_s(FAST, FRAME) == float("inf")
