@@ -1,6 +1,6 @@
 """What a pipelined job puts on each of its links: bytes handed to TLS, and at the interfaces.
 
-Three stages and the driver, each a process on a host of its own, joined by an emulated WAN of 20
+Three stages and the driver, each a process on a host of its own, joined by an emulated WAN of 5
 Mbit/s and 20 ms; 32 rows a micro-batch, codec levels as the links choose them. Every position's
 activation crosses a forward link once, whether of a prompt or of an answer; on the return link only
 token ids travel. Acknowledgements go the other way and have lines of their own.
@@ -27,7 +27,7 @@ from stages.codec import FAST
 from stages.config import DType, Ring
 from stages.control import LeasedRow
 
-WIRE = Path(rate_bit_per_s=20e6, delay_s=0.020)
+WIRE = Path(rate_bit_per_s=5e6, delay_s=0.020)
 STAGES = ("a", "b", "c")
 RING = tuple(zip(STAGES, (*STAGES[1:], STAGES[0]), strict=True))
 SLOTS, SLOT_ROWS = 3, 32
@@ -158,7 +158,7 @@ def main() -> None:
     if missing:
         sys.exit(f"interfaces are counted in namespaces: {missing}")
     with tempfile.TemporaryDirectory() as scratch:
-        found = claims(example_job(4 * SLOTS * SLOT_ROWS))
+        found = claims(example_job(2 * SLOTS * SLOT_ROWS))
         found += claims(wide_job(FilePath(scratch), SLOTS * SLOT_ROWS))
     record("codec_job", found)
 

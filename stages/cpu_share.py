@@ -19,24 +19,45 @@ def idle_s() -> float:
     return float(times.idle + getattr(times, "iowait", 0.0))
 
 
+def no_work() -> float:
+    """The busy seconds of whoever only passes frames on."""
+    return 0.0
+
+
 class CpuShare:
     """The stage's seconds of work for each byte that a link carries; used by that link's thread.
 
-    `busy_s` says how long the stage has worked since it started.
+    `busy_s` says how long the stage has worked since it started; the other clocks are the system's.
     """
 
     def __init__(
         self,
-        busy_s: Callable[[], float],
+        busy_s: Callable[[], float] = no_work,
         idle_s: Callable[[], float] = idle_s,
-        now_s: Callable[[], float] = time.monotonic,
+        now_s: Callable[[], float] = time.perf_counter,
+        thread_s: Callable[[], float] = time.thread_time,
     ) -> None:
         self._busy_s = busy_s
         self._idle_s = idle_s
         self._now_s = now_s
+        self._thread_s = thread_s
         self._seen = (now_s(), idle_s(), busy_s())
         self._bytes = 0
         self._s_per_byte = 0.0
+
+    def started(self) -> tuple[float, float]:
+        """Now, for `cost_s`: by the wall, and of this thread's processor time."""
+        return self._now_s(), self._thread_s()
+
+    def cost_s(self, started: tuple[float, float]) -> float:
+        """What this thread has done since then has cost.
+
+        Its processor time, where that is taken from the stage's work: what it waited for a core, it
+        waited for that work. Otherwise the time that has passed.
+        """
+        if self._s_per_byte:
+            return self._thread_s() - started[1]
+        return self._now_s() - started[0]
 
     def s_per_byte(self, nbytes: int) -> float:
         """With so many more bytes of activation carried: work a byte, or 0 while cores are idle."""

@@ -26,11 +26,6 @@ LOSSLESS: Final = (RAW, FAST)
 MAX_CHANNELS: Final = 2**17  # of a profile that a peer announces
 
 
-def no_work() -> float:
-    """The busy seconds of whoever only passes frames on."""
-    return 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class _Sent:
     """A coded frame that is under way."""
@@ -52,7 +47,7 @@ class LinkEncoder:
         run: int,
         levels: tuple[str, ...] = LOSSLESS,
         start: str = RAW,
-        busy_s: Callable[[], float] = no_work,
+        cpu: CpuShare | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.meter = LinkMeter()
@@ -62,7 +57,7 @@ class LinkEncoder:
         """Of all of them, after."""
         self._run = run
         self._chooser = LevelChooser(levels, start=start if start in levels else levels[0])
-        self._cpu = CpuShare(busy_s)
+        self._cpu = cpu or CpuShare()
         self._clock = clock
         self._sent: dict[int, _Sent] = {}
         self._rows: list[StepFrame] = []
@@ -147,10 +142,9 @@ class LinkEncoder:
         """The frame at the level that suits the link now."""
         raw_bytes = step.payload.nbytes
         level = self._chooser.choose(raw_bytes)
-        started_s = self._clock()
+        started = self._cpu.started()
         coded = step if level == RAW else self._shrunk(step, level)
-        coding_s = self._clock() - started_s
-        self._chooser.encoded(level, raw_bytes, coded.payload.nbytes, coding_s)
+        self._chooser.encoded(level, raw_bytes, coded.payload.nbytes, self._cpu.cost_s(started))
         self._sent[step.step.frame] = _Sent(level, raw_bytes)
         return coded
 
@@ -188,11 +182,11 @@ class LinkDecoder:
     def __init__(
         self,
         levels: Collection[str] = LOSSLESS,
-        busy_s: Callable[[], float] = no_work,
+        cpu: CpuShare | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._levels = frozenset(levels)
-        self._cpu = CpuShare(busy_s)
+        self._cpu = cpu or CpuShare()
         self._clock = clock
         self._profiles: dict[int, Profile] = {}
         self._came_s = 0.0
@@ -222,8 +216,9 @@ class LinkDecoder:
             return frame
         raw_bytes = label.rows * label.columns * label.dtype.itemsize
         if label.codec != LEVELS.index(RAW):
+            started = self._cpu.started()
             frame = self._decoded(frame, raw_bytes)
-            self._decode_s = self._clock() - self._came_s
+            self._decode_s = self._cpu.cost_s(started)
         self._work_s = self._cpu.s_per_byte(raw_bytes) * raw_bytes
         return frame
 

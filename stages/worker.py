@@ -37,6 +37,7 @@ from stages.control import (
     Topology,
     decode,
 )
+from stages.cpu_share import CpuShare
 from stages.duplex import Duplex
 from stages.errors import LinkError, NumericError, ProtocolError, StageError
 from stages.frame import run_number
@@ -184,14 +185,14 @@ class Worker:
             capacity=self._spec.ring.slots,
             redial=partial(dial_once, trust, next_stage, place, hello, REDIAL_S),
             patience_s=self._spec.lost_after_s,
-            encoder=LinkEncoder(self._run, self.levels, self._spec.codec, self._busy_s),
+            encoder=LinkEncoder(self._run, self.levels, self._spec.codec, CpuShare(self._busy_s)),
         )
         leave.callback(self._outbox.abort)
         arriving = listener.accept(RING_S)
         if arriving.peer != self._spec.previous or arriving.purpose != "data":
             raise ProtocolError(f"{arriving.peer} connected in place of {self._spec.previous}")
         levels = LEVELS if self._spec.incoming_codec == INT8 else LOSSLESS
-        decoder = LinkDecoder(levels, self._busy_s)
+        decoder = LinkDecoder(levels, CpuShare(self._busy_s))
         self._inbox = Inbox(arriving, self._mailbox, listener, self._spec.lost_after_s, decoder)
         leave.callback(self._inbox.close)
         return True

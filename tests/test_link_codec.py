@@ -145,7 +145,8 @@ def test_the_link_settles_on_the_level_that_its_speed_asks_for(
     mbit: int, level: str, start: str
 ) -> None:
     link = Modelled(mbit * 1e6 / 8)
-    encoder = LinkEncoder(NUMBER, start=start, clock=link.clock)
+    cpu = CpuShare(now_s=link.clock)
+    encoder = LinkEncoder(NUMBER, start=start, cpu=cpu, clock=link.clock)
     sent: list[str] = []
     for number in range(60):
         packet = encoder.packet(activation(number))
@@ -207,10 +208,18 @@ def test_a_codec_counts_as_work_only_where_no_core_is_idle(
     idle_cores: float, work_s: float
 ) -> None:
     now_s = [0.0]
-    share = CpuShare(lambda: 0.8 * now_s[0], lambda: idle_cores * now_s[0], lambda: now_s[0])
+    share = CpuShare(
+        busy_s=lambda: 0.8 * now_s[0],
+        idle_s=lambda: idle_cores * now_s[0],
+        now_s=lambda: now_s[0],
+        thread_s=lambda: 0.3 * now_s[0],
+    )
     assert share.s_per_byte(500) == 0.0
     now_s[0] = 2.0
     assert share.s_per_byte(500) == pytest.approx(2 * work_s / 1000)
+    started = share.started()
+    now_s[0] = 3.0
+    assert share.cost_s(started) == pytest.approx(0.3 if work_s else 1.0)
 
 
 @pytest.fixture(scope="module")
