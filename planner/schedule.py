@@ -7,8 +7,10 @@ neither can drift from the other. Token ids, text and sockets are unknown here.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import chain
 
 from planner.blocks import BlockPool
+from planner.prefixes import SHARE_TOKENS, Prefixes
 
 CHUNK_TOKENS = 128
 """Prefill chunks end at multiples of this, so a row's numbers never depend on its neighbours."""
@@ -77,6 +79,8 @@ class RingShape:
                 f"step_tokens is {self.step_tokens}; "
                 f"{self.slot_rows} rows and one chunk need {self.slot_rows + CHUNK_TOKENS}"
             )
+        if SHARE_TOKENS % self.block_tokens:
+            raise ValueError(f"block_tokens is {self.block_tokens}; it must divide {SHARE_TOKENS}")
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens fills."""
@@ -91,9 +95,13 @@ class _Sequence:
     """Tokens whose ids are known: the prompt, and what has been sampled."""
     limit: int
     """Tokens that it may grow to."""
+    marks: tuple[int, ...] = ()
+    """Of the leading units of its prompt that may be shared; see planner.prefixes."""
     computed: int = 0
     """Positions whose keys and values are cached."""
     blocks: tuple[int, ...] = ()
+    held: set[int] = field(default_factory=set)
+    """Which of its units are shared, by place; the blocks of all others are its own."""
 
 
 @dataclass(slots=True)
@@ -116,6 +124,7 @@ class Ring:
         self._sequences: dict[int, _Sequence] = {}
         self._queue: list[tuple[int, int]] = []
         self._pool = BlockPool(shape.blocks)
+        self._prefixes = Prefixes(self._pool)
         self._next_slot = 0
         self._next_frame = 0
         self._ended: list[int] = []
@@ -139,11 +148,17 @@ class Ring:
         """Whether a sequence that grows to `tokens` can ever be admitted."""
         return self.shape.blocks_for(tokens) <= self.shape.blocks
 
-    def enqueue(self, sequence: int, known_tokens: int, limit_tokens: int) -> None:
-        """Queue a sequence of `known_tokens` ids that may grow to `limit_tokens`; longest first."""
+    def enqueue(
+        self, sequence: int, known_tokens: int, limit_tokens: int, marks: tuple[int, ...] = ()
+    ) -> None:
+        """Queue a sequence of `known_tokens` ids that may grow to `limit_tokens`; longest first.
+
+        `marks` name its leading units, SHARE_TOKENS each; equal marks mean equal tokens up to there.
+        """
         assert 0 < known_tokens < limit_tokens, "a sequence needs a token to start and one to make"
         assert self.fits(limit_tokens), "the head refuses what can never fit"
-        self._sequences[sequence] = _Sequence(known_tokens, limit_tokens)
+        assert len(marks) * SHARE_TOKENS < known_tokens, "a sequence computes its last token itself"
+        self._sequences[sequence] = _Sequence(known_tokens, limit_tokens, marks)
         heappush(self._queue, (-limit_tokens, sequence))
 
     def next_step(self) -> Step | None:
@@ -164,27 +179,44 @@ class Ring:
         slot = self._slots[slot_number]
         assert slot.step is not None, "a step returns once"
         for span in slot.step.spans:
-            sequence = self._sequences[span.sequence]
-            sequence.computed = span.start + span.tokens
-            sequence.known += span.samples
+            sequence = self._sequences.get(span.sequence)
+            if sequence is not None:  # else it had to leave while the step was on its way
+                sequence.known += span.samples
         slot.step = None
         for number in ended:
-            self._end(slot, number)
+            self._end(number)
 
-    def failed(self, slot_number: int) -> None:
-        """The slot's step was lost on its way: its sequences leave the ring.
+    def failed(self, slot_number: int) -> tuple[int, ...]:
+        """The slot's step was lost on its way: its sequences leave the ring, and so do all that
+        share what it was to compute, whose steps in flight mean nothing now. Returns who left.
 
         What the step announced may not have reached every stage, so it is announced again.
         """
-        step = self._slots[slot_number].step
-        assert step is not None, "a step fails once"
+        slot = self._slots[slot_number]
+        assert slot.step is not None, "a step fails once"
+        step, slot.step = slot.step, None
         self._ended.extend(step.ended)
-        self.returned(slot_number, [span.sequence for span in step.spans])
+        left = {span.sequence for span in step.spans if span.sequence in self._sequences}
+        unmade = self._prefixes.made_since(step.frame, left)
+        left |= {n for n, each in self._sequences.items() if not unmade.isdisjoint(_shared(each))}
+        # What those computed in later frames rests on what was lost, and whoever holds that too.
+        unmade = self._prefixes.made_since(step.frame, left)
+        for number in left:
+            self._end(number)
+        self._prefixes.forget(unmade)
+        return tuple(sorted(left))
 
-    def _end(self, slot: _Slot, number: int) -> None:
-        slot.sequences.remove(number)
-        self._pool.give_back(self._sequences.pop(number).blocks)
+    def _end(self, number: int) -> None:
+        sequence = self._sequences.pop(number)
+        next(slot for slot in self._slots if number in slot.sequences).sequences.remove(number)
+        self._prefixes.release(_shared(sequence))
+        self._pool.give_back(self._own(sequence))
         self._ended.append(number)
+
+    def _own(self, sequence: _Sequence) -> tuple[int, ...]:
+        """The blocks that nobody shares with the sequence."""
+        each = SHARE_TOKENS // self.shape.block_tokens
+        return tuple(b for i, b in enumerate(sequence.blocks) if i // each not in sequence.held)
 
     def _fill(self, number: int, slot: _Slot) -> Step | None:
         spans = self._spans(slot)
@@ -214,7 +246,8 @@ class Ring:
         if self._queue:
             # Where memory is short, the rows that it holds spread evenly, not the slots' capacity.
             each = self.shape.blocks_for(-self._queue[0][0])
-            rows = min(rows, self.live + self._pool.free // each)
+            free = self._pool.free + self._prefixes.idle_blocks
+            rows = min(rows, self.live + free // each)
         return min(self.shape.slot_rows, -(-rows // self.shape.slots))
 
     def _spans(self, slot: _Slot) -> list[Span]:
@@ -228,6 +261,7 @@ class Ring:
             if span is not None:
                 spans.append(span)
                 budget -= span.tokens
+                self._compute(span)
         return spans
 
     def _admit(self, slot: _Slot, budget: int) -> tuple[Span, Grant] | None:
@@ -238,16 +272,38 @@ class Ring:
         """
         number = self._queue[0][1]
         sequence = self._sequences[number]
+        shared = self._prefixes.hold(sequence.marks)
+        sequence.held = set(range(len(shared)))
+        sequence.computed = len(shared) * SHARE_TOKENS
+        blocks = tuple(chain.from_iterable(shared))
         span = _span(number, sequence, budget)
-        if span is None:
-            return None
-        blocks = self._pool.take(self.shape.blocks_for(sequence.limit))
-        if blocks is None:
+        wanted = self.shape.blocks_for(sequence.limit) - len(blocks)
+        own = None if span is None else self._prefixes.take(wanted)
+        if span is None or own is None:
+            self._prefixes.release(_shared(sequence))
+            sequence.held, sequence.computed = set(), 0
             return None
         heappop(self._queue)
-        sequence.blocks = blocks
+        sequence.blocks = blocks + own
         slot.sequences.append(number)
-        return span, Grant(number, blocks)
+        self._compute(span)
+        return span, Grant(number, sequence.blocks)
+
+    def _compute(self, span: Span) -> None:
+        """The next frame computes the span: what it completes of the prompt may be shared now."""
+        sequence = self._sequences[span.sequence]
+        first, sequence.computed = sequence.computed // SHARE_TOKENS, span.start + span.tokens
+        each = SHARE_TOKENS // self.shape.block_tokens
+        whole = min(sequence.computed // SHARE_TOKENS, len(sequence.marks))
+        for unit in range(first, whole):
+            blocks = sequence.blocks[unit * each : (unit + 1) * each]
+            if self._prefixes.add(sequence.marks[unit], blocks, span.sequence, self._next_frame):
+                sequence.held.add(unit)
+
+
+def _shared(sequence: _Sequence) -> list[int]:
+    """Marks of the units that the sequence shares, from the first."""
+    return [sequence.marks[unit] for unit in sorted(sequence.held)]
 
 
 def _span(number: int, sequence: _Sequence, budget: int) -> Span | None:

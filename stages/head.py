@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+from planner.prefixes import SHARE_TOKENS
 from planner.schedule import Ring, RingShape, Step
 from stages.control import Answer, LeasedRow, StepFailed
 from stages.errors import ProtocolError
@@ -62,7 +64,7 @@ class Head:
     def _enter(self, sequence: Sequence) -> None:
         number = next(self._numbers)
         self._sequences[number] = sequence
-        self._ring.enqueue(number, len(sequence.ids), sequence.limit)
+        self._ring.enqueue(number, len(sequence.ids), sequence.limit, marks(sequence.ids))
 
     def next_work(self) -> Work | None:
         """The next step, or None while every slot is empty or in flight."""
@@ -98,20 +100,24 @@ class Head:
             )
         now = self._clock()
         for span in step.spans:
-            self._sequences[span.sequence].computed = span.start + span.tokens
+            if span.sequence in self._sequences:
+                self._sequences[span.sequence].computed = span.start + span.tokens
+        ended: list[int] = []
         for number, token in zip(sampling, frame.tokens, strict=True):
-            self._sequences[number].grow(token, self._encoder.end_ids, now)
-        ended = [number for number in sampling if self._sequences[number].finish is not None]
+            sequence = self._sequences.get(number)
+            if sequence is not None:  # else it left the ring meanwhile, and has entered it anew
+                sequence.grow(token, self._encoder.end_ids, now)
+                if sequence.finish is not None:
+                    ended.append(number)
         self._ring.returned(step.slot, ended)
         return [self._sequences.pop(number).answer(self._encoder, now) for number in ended]
 
     def failed(self, failure: StepFailed) -> list[Answer]:
-        """Take a step's failure: the rows it names end as errors, its others start again."""
+        """Take a step's failure: the rows it names end as errors, others that it harms start again."""
         step = self._returned(failure.frame, failure.slot)
-        self._ring.failed(step.slot)
         now = self._clock()
         answers: list[Answer] = []
-        for number in [span.sequence for span in step.spans]:
+        for number in self._ring.failed(step.slot):
             sequence = self._sequences.pop(number)
             if number in failure.sequences:
                 answers.append(sequence.failure(failure.error_type, failure.message, now))
@@ -126,3 +132,17 @@ class Head:
         if step is None or step.frame != frame:
             raise ProtocolError(f"frame {frame} came back for slot {slot}, which waits for {step}")
         return step
+
+
+def marks(ids: list[int]) -> tuple[int, ...]:
+    """A digest of everything up to the end of each leading unit of a prompt.
+
+    Two tokens at least are left to the row itself: a last position that is computed alone, as a
+    decode is, may get other bits than one that is computed beside others.
+    """
+    digest = xxhash.xxh3_128()
+    found: list[int] = []
+    for end in range(SHARE_TOKENS, len(ids) - 1, SHARE_TOKENS):
+        digest.update(np.array(ids[end - SHARE_TOKENS : end], np.int64).tobytes())
+        found.append(digest.intdigest())
+    return tuple(found)

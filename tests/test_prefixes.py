@@ -1,0 +1,195 @@
+"""Shared beginnings: whatever the ring shares, a stage reads what it would have computed itself."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.prefixes import SHARE_TOKENS
+from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
+from stages.head import marks
+from tests.models import write_random_model
+from tests.ring import answers, plan_of, ring_settings, row
+
+SHAPE = RingShape(slots=3, slot_rows=4, blocks=96, block_tokens=16, step_tokens=4 + CHUNK_TOKENS)
+NOBODY = -1
+
+
+@dataclass
+class Row:
+    """A row as its head knows it."""
+
+    prompt: list[int]
+    quota: int
+    ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Stage:
+    """What one stage's KV cache holds: at each place, all tokens up to the one computed there."""
+
+    places: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
+
+    def compute(self, step: Step, rows: dict[int, Row]) -> set[int]:
+        """Write what the step's spans make, then read what they see: who sees what it should."""
+        for number in step.ended:
+            self.tables.pop(number, None)
+        for grant in step.grants:
+            each = SHAPE.block_tokens
+            self.tables[grant.sequence] = [b * each + i for b in grant.blocks for i in range(each)]
+        for span in step.spans:
+            for position in range(span.start, span.start + span.tokens):
+                told = tuple(rows[span.sequence].ids[: position + 1])
+                self.places[self.tables[span.sequence][position]] = told
+        return {
+            span.sequence
+            for span in step.spans
+            if self._sees_its_own(span.sequence, rows, span.start + span.tokens)
+        }
+
+    def _sees_its_own(self, number: int, rows: dict[int, Row], end: int) -> bool:
+        ids, table = rows[number].ids, self.tables[number]
+        return all(self.places.get(table[p]) == tuple(ids[: p + 1]) for p in range(end))
+
+
+class Rehearsal:
+    """A ring with its head and one stage, played without a model; steps may be lost on their way."""
+
+    def __init__(self, wanted: list[Row], depth: int, losses: set[int]) -> None:
+        self.ring = Ring(SHAPE)
+        self.stage = Stage()
+        self.rows: dict[int, Row] = {}
+        self.ever: dict[int, Row] = {}
+        self.finished: list[Row] = []
+        self.positions = 0
+        self.right: dict[int, set[int]] = {}
+        self._losses = losses
+        self._depth = depth
+        for each in wanted:
+            each.ids = list(each.prompt)
+            self.enter(each)
+
+    def enter(self, each: Row) -> None:
+        number = len(self.ever)
+        self.rows[number] = self.ever[number] = each
+        self.ring.enqueue(number, len(each.ids), len(each.prompt) + each.quota, marks(each.ids))
+
+    def play(self) -> None:
+        flying: list[Step] = []
+        while True:
+            step = self.ring.next_step() if len(flying) < self._depth else None
+            if step is not None:
+                flying.append(step)
+                self.send(step)
+            elif flying:
+                self.take_back(flying.pop(0))
+            else:
+                return
+
+    def send(self, step: Step) -> None:
+        self.positions += step.tokens
+        if step.frame not in self._losses:
+            self.right[step.frame] = self.stage.compute(step, self.ever)
+
+    def take_back(self, step: Step) -> None:
+        if step.frame in self._losses:
+            for number in self.ring.failed(step.slot):
+                self.enter(self.rows.pop(number))
+            return
+        alive = [span for span in step.spans if span.sequence in self.rows]
+        ended = []
+        for span in alive:
+            assert span.sequence in self.right[step.frame], "it rests on what was never computed"
+            each = self.rows[span.sequence]
+            if span.samples:
+                each.ids.append(len(each.ids))
+            if len(each.ids) == len(each.prompt) + each.quota:
+                ended.append(span.sequence)
+                self.finished.append(self.rows.pop(span.sequence))
+        self.ring.returned(step.slot, ended)
+
+
+def family_of(seed: int, lengths: list[tuple[int, int, int]]) -> list[Row]:
+    """Rows of (which beginning, its length, tokens of their own)."""
+    dice = random.Random(seed)
+    beginnings = [[dice.randrange(9) for _ in range(300)] for _ in range(3)]
+    return [
+        Row(beginnings[which][:shared] + [dice.randrange(9) for _ in range(own)], 1 + own % 7)
+        for which, shared, own in lengths
+    ]
+
+
+lengths = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 300), st.integers(1, 60)), min_size=1, max_size=25
+)
+
+
+@given(st.integers(0, 9), lengths, st.integers(1, 3), st.sets(st.integers(0, 60), max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_every_row_sees_its_own_tokens_whatever_is_shared_and_whichever_steps_are_lost(
+    seed: int, drawn: list[tuple[int, int, int]], depth: int, losses: set[int]
+) -> None:
+    rows = family_of(seed, drawn)
+    rehearsal = Rehearsal(rows, depth, losses)
+    rehearsal.play()
+    assert len(rehearsal.finished) == len(rows)
+    assert rehearsal.ring.live == rehearsal.ring.queued == rehearsal.ring.in_flight == 0
+    # Nothing is held for ever: the whole cache can be had again.
+    assert rehearsal.ring._prefixes.take(SHAPE.blocks) is not None
+
+
+def test_a_shared_beginning_is_computed_once_even_within_one_step() -> None:
+    beginning = list(range(200))
+    rows = [Row(beginning + [500 + i] * 5, 1) for i in range(30)]
+    rehearsal = Rehearsal(rows, 3, set())
+    rehearsal.play()
+    shared = len(beginning) // SHARE_TOKENS * SHARE_TOKENS
+    # The second row overtakes the first one's second chunk, and so that one is computed twice.
+    assert rehearsal.positions == shared + 30 * (205 - shared) + (shared - CHUNK_TOKENS)
+
+
+def test_more_rows_fit_where_they_share() -> None:
+    """96 blocks hold four rows of 24 blocks; a row that shares 18 of them brings only six."""
+    beginning = list(range(300))
+    alone, together = [
+        Rehearsal([Row([own * i, *beginning, *[i] * 60], 20) for i in range(12)], 3, set())
+        for own in (1, 0)
+    ]
+    for rehearsal, most in ((alone, 4), (together, 9)):
+        seen = 0
+        while (step := rehearsal.ring.next_step()) is not None:
+            seen = max(seen, rehearsal.ring.live)
+            rehearsal.send(step)
+            rehearsal.take_back(step)
+        assert seen == most
+
+
+def test_marks_tell_beginnings_apart_and_leave_the_row_two_tokens() -> None:
+    ids = list(range(100))
+    assert len(marks(ids)) == 3
+    assert [len(marks(ids[:n])) for n in (1, 33, 34, 65, 66)] == [0, 0, 1, 1, 2]
+    assert marks(ids)[:2] == marks(ids[:70])
+    assert not set(marks([7, *ids[1:]])) & set(marks(ids)), "a mark is of all that stands before"
+
+
+def test_rows_that_share_say_what_they_say_alone(tmp_path: Path) -> None:
+    write_random_model(tmp_path, "gemma3", seed=5)
+    torch.set_num_threads(1)
+    dice = random.Random(1)
+    beginning = [dice.randrange(256) for _ in range(150)]
+    prompts = [
+        beginning[: dice.choice((0, 40, 97, 150))]
+        + [dice.randrange(256) for _ in range(dice.randint(1, 80))]
+        for _ in range(32)
+    ]
+    rows = [row(i, ids, 8, temperature=0.8 * (i % 2)) for i, ids in enumerate(prompts)]
+    together = answers(tmp_path, rows, plan_of(4, 2), ring_settings(3, 4))
+    alone = {
+        i: answers(tmp_path, [each], plan_of(4, 1), ring_settings(1, 1))[i]
+        for i, each in enumerate(rows[:8])
+    }
+    assert {i: together[i].output_ids for i in alone} == {i: a.output_ids for i, a in alone.items()}
