@@ -21,6 +21,7 @@ from flows.model import open_model
 from flows.planning import make_plan, ring_of, workload
 from flows.report import announce, shown
 from flows.run import Run, Summary, document, fingerprint, is_begun, prompt_source
+from flows.twins import Twins
 from planner.facts import Workload
 from planner.plan import Plan
 from stages.config import Ring
@@ -129,6 +130,7 @@ def process(run: Run, fleet: Fleet, ring: Ring) -> None:
 def ended_rows(run: Run, fleet: Fleet, clerk: Clerk, ahead: int) -> Iterator[ResultRow | None]:
     """Every row's end as it comes, with `ahead` rows leased; None after each look for answers."""
     leases: dict[int, Lease] = {}
+    twins = Twins()
     prompts = in_order(run.prompts())
     more = True
     while more or leases:
@@ -138,13 +140,21 @@ def ended_rows(run: Run, fleet: Fleet, clerk: Clerk, ahead: int) -> Iterator[Res
             more = len(fresh) == wanted
             run.unfit += fresh.count(None)
             yield from (row for row in fresh if isinstance(row, ResultRow))
-            leased = [lease for lease in fresh if isinstance(lease, Lease)]
+            leased: list[Lease] = []
+            for lease in (each for each in fresh if isinstance(each, Lease)):
+                known = twins.answer_to(lease)
+                if known is not None:
+                    yield clerk.ended(lease, known)
+                elif not twins.waits(lease):
+                    leased.append(lease)
             leases |= {lease.row.row: lease for lease in leased}
             if leased:
                 fleet.lease(0, [lease.row for lease in leased])
         if leases:
             for answer in fleet.answers(POLL_S):
-                yield clerk.ended(leases.pop(answer.row), answer)
+                first = leases.pop(answer.row)
+                for lease in (first, *twins.answered(first, answer)):
+                    yield clerk.ended(lease, answer)
         yield None
 
 
