@@ -4,13 +4,14 @@ Pure decisions over counts. The head runs them on real frames and the simulator 
 neither can drift from the other. Token ids, text and sockets are unknown here.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import chain
 
-from planner.blocks import BlockPool
-from planner.prefixes import SHARE_TOKENS, Prefixes
+from planner.holdings import Holdings
+from planner.prefixes import SHARE_TOKENS
 
 CHUNK_TOKENS = 128
 """Prefill chunks end at multiples of this, so a row's numbers never depend on its neighbours."""
@@ -18,6 +19,8 @@ CHUNK_TOKENS = 128
 MAX_STEP_BLOCKS = 2**14
 """KV blocks that one step may grant, if to more than one row: a frame's header is bounded."""
 MAX_STEP_ENDED = 4096
+LEARNED_ROWS = 64
+"""Rows that must have ended before their lengths count for those to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +98,12 @@ class _Sequence:
     """Tokens whose ids are known: the prompt, and what has been sampled."""
     limit: int
     """Tokens that it may grow to."""
-    marks: tuple[int, ...] = ()
+    entered: int
+    """Tokens that were known when it came."""
+    marks: tuple[int, ...]
     """Of the leading units of its prompt that may be shared; see planner.prefixes."""
     computed: int = 0
-    """Positions whose keys and values are cached."""
-    blocks: tuple[int, ...] = ()
-    held: set[int] = field(default_factory=set)
-    """Which of its units are shared, by place; the blocks of all others are its own."""
+    """Positions whose keys and values are cached, or will be when the step in flight is back."""
 
 
 @dataclass(slots=True)
@@ -109,6 +111,31 @@ class _Slot:
     sequences: list[int] = field(default_factory=list)
     step: Step | None = None
     """The step in flight; a slot has at most one."""
+
+
+@dataclass(slots=True)
+class _Growth:
+    """How much of what they may make rows do make: learned from those that have ended."""
+
+    rows: int = 0
+    made: int = 0
+    allowed: int = 0
+
+    def saw(self, made: int, allowed: int) -> None:
+        """A row has ended after so many tokens of the allowed ones."""
+        self.rows += 1
+        self.made += made
+        self.allowed += allowed
+
+    def expected(self, sequence: _Sequence) -> int:
+        """Tokens that a sequence is given room for: a quarter above the average, its limit at most.
+
+        Short rows end first, so nothing is concluded from a few.
+        """
+        if self.rows < LEARNED_ROWS:
+            return sequence.limit
+        share = min(1.0, 1.25 * self.made / self.allowed)
+        return sequence.entered + math.ceil(share * (sequence.limit - sequence.entered))
 
 
 class Ring:
@@ -123,8 +150,9 @@ class Ring:
         self._slots = [_Slot() for _ in range(shape.slots)]
         self._sequences: dict[int, _Sequence] = {}
         self._queue: list[tuple[int, int]] = []
-        self._pool = BlockPool(shape.blocks)
-        self._prefixes = Prefixes(self._pool)
+        self._holdings = Holdings(shape.blocks, shape.block_tokens)
+        self._growth = _Growth()
+        self._preempted: list[int] = []
         self._next_slot = 0
         self._next_frame = 0
         self._ended: list[int] = []
@@ -158,7 +186,7 @@ class Ring:
         assert 0 < known_tokens < limit_tokens, "a sequence needs a token to start and one to make"
         assert self.fits(limit_tokens), "the head refuses what can never fit"
         assert len(marks) * SHARE_TOKENS < known_tokens, "a sequence computes its last token itself"
-        self._sequences[sequence] = _Sequence(known_tokens, limit_tokens, marks)
+        self._sequences[sequence] = _Sequence(known_tokens, limit_tokens, known_tokens, marks)
         heappush(self._queue, (-limit_tokens, sequence))
 
     def next_step(self) -> Step | None:
@@ -184,7 +212,9 @@ class Ring:
                 sequence.known += span.samples
         slot.step = None
         for number in ended:
-            self._end(number)
+            sequence = self._sequences[number]
+            self._growth.saw(sequence.known - sequence.entered, sequence.limit - sequence.entered)
+            self._leave(number)
 
     def failed(self, slot_number: int) -> tuple[int, ...]:
         """The slot's step was lost on its way: its sequences leave the ring, and so do all that
@@ -196,43 +226,41 @@ class Ring:
         assert slot.step is not None, "a step fails once"
         step, slot.step = slot.step, None
         self._ended.extend(step.ended)
-        left = {span.sequence for span in step.spans if span.sequence in self._sequences}
-        unmade = self._prefixes.made_since(step.frame, left)
-        left |= {n for n, each in self._sequences.items() if not unmade.isdisjoint(_shared(each))}
-        # What those computed in later frames rests on what was lost, and whoever holds that too.
-        unmade = self._prefixes.made_since(step.frame, left)
+        own = [span.sequence for span in step.spans if span.sequence in self._sequences]
+        left = sorted(self._holdings.lose(step.frame, own))
         for number in left:
-            self._end(number)
-        self._prefixes.forget(unmade)
-        return tuple(sorted(left))
+            self._forget(number)
+        return tuple(left)
 
-    def _end(self, number: int) -> None:
-        sequence = self._sequences.pop(number)
+    def take_preempted(self) -> list[int]:
+        """Sequences that had to leave for want of KV blocks since this was last asked; their head
+        queues them again, under new numbers and with all the tokens that they have by now."""
+        taken, self._preempted = self._preempted, []
+        return taken
+
+    def _leave(self, number: int) -> None:
+        self._holdings.leave(number)
+        self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        del self._sequences[number]
         next(slot for slot in self._slots if number in slot.sequences).sequences.remove(number)
-        self._prefixes.release(_shared(sequence))
-        self._pool.give_back(self._own(sequence))
         self._ended.append(number)
 
-    def _own(self, sequence: _Sequence) -> tuple[int, ...]:
-        """The blocks that nobody shares with the sequence."""
-        each = SHARE_TOKENS // self.shape.block_tokens
-        return tuple(b for i, b in enumerate(sequence.blocks) if i // each not in sequence.held)
-
     def _fill(self, number: int, slot: _Slot) -> Step | None:
-        spans = self._spans(slot)
-        grants: list[Grant] = []
+        spans, grants = self._go_on(slot)
         budget = self.shape.step_tokens - sum(span.tokens for span in spans)
-        blocks = 0
+        blocks = sum(len(grant.blocks) for grant in grants)
         while self._queue and len(slot.sequences) < self._target_rows():
-            blocks += self.shape.blocks_for(-self._queue[0][0])
+            blocks += self._wanted_blocks()
             if grants and blocks > MAX_STEP_BLOCKS:
                 break
-            admitted = self._admit(slot, budget)
-            if admitted is None:
+            span = self._admit(slot, budget)
+            if span is None:
                 break
-            spans.append(admitted[0])
-            grants.append(admitted[1])
-            budget -= admitted[0].tokens
+            spans.append(span)
+            grants.append(Grant(span.sequence, self._holdings.blocks(span.sequence)))
+            budget -= span.tokens
         if not spans:
             return None
         ended, self._ended = tuple(self._ended[:MAX_STEP_ENDED]), self._ended[MAX_STEP_ENDED:]
@@ -245,65 +273,85 @@ class Ring:
         rows = self.live + self.queued
         if self._queue:
             # Where memory is short, the rows that it holds spread evenly, not the slots' capacity.
-            each = self.shape.blocks_for(-self._queue[0][0])
-            free = self._pool.free + self._prefixes.idle_blocks
-            rows = min(rows, self.live + free // each)
+            rows = min(rows, self.live + self._holdings.free_blocks // self._wanted_blocks())
         return min(self.shape.slot_rows, -(-rows // self.shape.slots))
 
-    def _spans(self, slot: _Slot) -> list[Span]:
-        """Spans of the rows already in the slot: decodes first, then prompts, within the budget."""
-        rows = [(number, self._sequences[number]) for number in slot.sequences]
-        rows.sort(key=lambda row: row[1].known - row[1].computed > 1)
-        spans: list[Span] = []
-        budget = self.shape.step_tokens
-        for number, sequence in rows:
-            span = _span(number, sequence, budget)
-            if span is not None:
-                spans.append(span)
-                budget -= span.tokens
-                self._compute(span)
-        return spans
+    def _wanted_blocks(self) -> int:
+        """Blocks that the queue's first row is expected to need in all."""
+        sequence = self._sequences[self._queue[0][1]]
+        return self.shape.blocks_for(self._growth.expected(sequence))
 
-    def _admit(self, slot: _Slot, budget: int) -> tuple[Span, Grant] | None:
+    def _go_on(self, slot: _Slot) -> tuple[list[Span], list[Grant]]:
+        """Spans of the rows already in the slot: decodes first, then prompts, within the budget;
+        and the blocks that some of them need beyond what was expected."""
+        spans: list[Span] = []
+        grants: list[Grant] = []
+        budget = self.shape.step_tokens
+        for number in sorted(slot.sequences, key=self._decodes_first):
+            if number not in self._sequences:
+                continue  # it has made way for one before it
+            span = _span(number, self._sequences[number], budget)
+            if span is None:
+                continue
+            added = self._make_room(number, span.start + span.tokens, {s.sequence for s in spans})
+            if added is None:
+                continue
+            if added:
+                grants.append(Grant(number, added))
+            spans.append(span)
+            budget -= span.tokens
+            self._compute(span)
+        return spans, grants
+
+    def _decodes_first(self, number: int) -> tuple[bool, int]:
+        sequence = self._sequences[number]
+        return sequence.known - sequence.computed > 1, number
+
+    def _make_room(self, number: int, tokens: int, planned: set[int]) -> tuple[int, ...] | None:
+        """Blocks for a sequence that outgrows its own, the newest sequences making way for it.
+
+        One in flight or planned for this step is left alone; None if the sequence is itself the
+        newest of all others, and so has made way. The oldest of all therefore always gets on.
+        """
+        while True:
+            added = self._holdings.extend(number, tokens)
+            if added is not None:
+                return added
+            waiting = chain.from_iterable(s.sequences for s in self._slots if s.step is None)
+            newest = max(each for each in waiting if each not in planned)
+            self._preempted.append(newest)
+            self._leave(newest)
+            if newest == number:
+                return None
+
+    def _admit(self, slot: _Slot, budget: int) -> Span | None:
         """Move the queue's first row into the slot, if the budget and the KV blocks allow it.
 
-        Nobody overtakes it: a long row would starve behind short ones. All the blocks that the row
-        may ever need are granted at once, so a row that runs always ends.
+        Nobody overtakes it: a long row would starve behind short ones. It gets the blocks that it is
+        expected to need, at once, so that most lie side by side.
         """
         number = self._queue[0][1]
         sequence = self._sequences[number]
-        shared = self._prefixes.hold(sequence.marks)
-        sequence.held = set(range(len(shared)))
-        sequence.computed = len(shared) * SHARE_TOKENS
-        blocks = tuple(chain.from_iterable(shared))
+        room = self._growth.expected(sequence)
+        computed = self._holdings.enter(number, room, sequence.marks)
+        if computed is None:
+            return None
+        sequence.computed = computed
         span = _span(number, sequence, budget)
-        wanted = self.shape.blocks_for(sequence.limit) - len(blocks)
-        own = None if span is None else self._prefixes.take(wanted)
-        if span is None or own is None:
-            self._prefixes.release(_shared(sequence))
-            sequence.held, sequence.computed = set(), 0
+        if span is None:
+            self._holdings.leave(number)
+            sequence.computed = 0
             return None
         heappop(self._queue)
-        sequence.blocks = blocks + own
         slot.sequences.append(number)
         self._compute(span)
-        return span, Grant(number, sequence.blocks)
+        return span
 
     def _compute(self, span: Span) -> None:
-        """The next frame computes the span: what it completes of the prompt may be shared now."""
-        sequence = self._sequences[span.sequence]
-        first, sequence.computed = sequence.computed // SHARE_TOKENS, span.start + span.tokens
-        each = SHARE_TOKENS // self.shape.block_tokens
-        whole = min(sequence.computed // SHARE_TOKENS, len(sequence.marks))
-        for unit in range(first, whole):
-            blocks = sequence.blocks[unit * each : (unit + 1) * each]
-            if self._prefixes.add(sequence.marks[unit], blocks, span.sequence, self._next_frame):
-                sequence.held.add(unit)
-
-
-def _shared(sequence: _Sequence) -> list[int]:
-    """Marks of the units that the sequence shares, from the first."""
-    return [sequence.marks[unit] for unit in sorted(sequence.held)]
+        """The next frame computes the span."""
+        end = span.start + span.tokens
+        self._sequences[span.sequence].computed = end
+        self._holdings.computes(span.sequence, span.start, end, self._next_frame)
 
 
 def _span(number: int, sequence: _Sequence, budget: int) -> Span | None:

@@ -61,6 +61,13 @@ class Head:
             stops = self._encoder.stop_scanner(row.stop) if row.stop else None
             self._enter(Sequence(row, list(row.token_ids), stops, leased_at=now))
 
+    def _replay(self, sequence: Sequence) -> None:
+        """Queue a sequence again that has lost its keys and values, not its tokens."""
+        sequence.replayed += sequence.computed
+        sequence.computed = 0
+        sequence.admitted = False
+        self._enter(sequence)
+
     def _enter(self, sequence: Sequence) -> None:
         number = next(self._numbers)
         self._sequences[number] = sequence
@@ -69,14 +76,11 @@ class Head:
     def next_work(self) -> Work | None:
         """The next step, or None while every slot is empty or in flight."""
         step = self._ring.next_step()
+        for number in self._ring.take_preempted():
+            self._replay(self._sequences.pop(number))
         if step is None:
             return None
         self._steps[step.slot] = step
-        now = self._clock()
-        for grant in step.grants:
-            sequence = self._sequences[grant.sequence]
-            if sequence.started_at is None:
-                sequence.started_at = now
         return Work(step, self._token_ids(step), tuple(self._admits(step)))
 
     def _token_ids(self, step: Step) -> NDArray[np.int64]:
@@ -86,8 +90,15 @@ class Head:
         return np.array(ids, np.int64)
 
     def _admits(self, step: Step) -> Iterable[Admit]:
+        now = self._clock()
         for grant in step.grants:
-            row = self._sequences[grant.sequence].row
+            sequence = self._sequences[grant.sequence]
+            if sequence.admitted:
+                continue  # it has outgrown its blocks
+            sequence.admitted = True
+            if sequence.started_at is None:
+                sequence.started_at = now
+            row = sequence.row
             yield Admit(grant.sequence, row.key, row.seed, row.temperature, row.top_p, row.top_k)
 
     def sampled(self, frame: SampleFrame) -> list[Answer]:
@@ -122,9 +133,7 @@ class Head:
             if number in failure.sequences:
                 answers.append(sequence.failure(failure.error_type, failure.message, now))
             else:
-                sequence.replayed += sequence.computed
-                sequence.computed = 0
-                self._enter(sequence)
+                self._replay(sequence)
         return answers
 
     def _returned(self, frame: int, slot: int) -> Step:

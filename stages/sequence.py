@@ -19,6 +19,8 @@ class Sequence:
     leased_at: float
     started_at: float | None = None
     first_token_at: float | None = None
+    admitted: bool = False
+    """Whether the last stage knows how it is sampled."""
     computed: int = 0
     """Positions computed since the row last entered the ring."""
     replayed: int = 0

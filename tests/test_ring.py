@@ -215,3 +215,27 @@ def test_more_rows_than_memory_holds_wait_their_turn(tmp_path: Path) -> None:
     assert {n: a.output_ids for n, a in found.items()} == {
         n: a.output_ids for n, a in roomy.items()
     }
+
+
+def test_rows_that_outgrow_the_memory_they_were_expected_to_need_are_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random_model(tmp_path, "llama", seed=2)
+    short = [row(i, ids, 100) for i, ids in enumerate(prompts_of(24, longest=40))]
+    alone = answers(tmp_path, short, plan_of(LAYERS, 1), ring_settings(1, 24))
+    # All but every sixth end with what they say first, after a fraction of what they may make.
+    rows = [
+        each.model_copy(update={"stop": (alone[i].text[:2],)})
+        if i % 6 and alone[i].text[:2].isascii()
+        else each
+        for i, each in enumerate(short)
+    ]
+    calm = answers(tmp_path, rows, plan_of(LAYERS, 1), ring_settings(1, 24))
+    assert sum(answer.output_tokens < 100 for answer in calm.values()) > 4
+    monkeypatch.setattr("planner.schedule.LEARNED_ROWS", 4)
+    tight = ring_settings(2, 6).model_copy(update={"blocks": 24})
+    found = answers(tmp_path, rows, plan_of(LAYERS, 2), tight)
+    assert {n: (a.text, a.output_tokens) for n, a in found.items()} == {
+        n: (a.text, a.output_tokens) for n, a in calm.items()
+    }
+    assert any(answer.replayed_tokens for answer in found.values()), "nobody had to make way"

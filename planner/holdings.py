@@ -1,0 +1,103 @@
+"""The KV blocks of the sequences in flight: which each holds, and which of those it shares."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from planner.blocks import BlockPool
+from planner.prefixes import SHARE_TOKENS, Prefixes
+
+
+@dataclass(slots=True)
+class _Holding:
+    marks: tuple[int, ...]
+    """Of the leading units of its prompt that may be shared; see planner.prefixes."""
+    blocks: tuple[int, ...]
+    shared: set[int]
+    """Which of its units are shared, by place; the blocks of all others are its own."""
+
+    @property
+    def shared_marks(self) -> list[int]:
+        return [self.marks[unit] for unit in sorted(self.shared)]
+
+
+@dataclass(slots=True)
+class Holdings:
+    """Mutable; owned by a ring."""
+
+    total_blocks: int
+    block_tokens: int
+    _pool: BlockPool = field(init=False)
+    _prefixes: Prefixes = field(init=False)
+    _of: dict[int, _Holding] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._pool = BlockPool(self.total_blocks)
+        self._prefixes = Prefixes(self._pool)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that a sequence could have now."""
+        return self._pool.free + self._prefixes.idle_blocks
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens fills."""
+        return -(-tokens // self.block_tokens)
+
+    def enter(self, number: int, tokens: int, marks: tuple[int, ...]) -> int | None:
+        """Give a sequence room for so many tokens: the tokens of it that are cached already.
+
+        None, and nothing is given, if too few blocks are free.
+        """
+        shared = self._prefixes.hold(marks)
+        blocks = tuple(chain.from_iterable(shared))
+        own = self._prefixes.take(max(0, self.blocks_for(tokens) - len(blocks)))
+        if own is None:
+            self._prefixes.release(marks[: len(shared)])
+            return None
+        self._of[number] = _Holding(marks, blocks + own, set(range(len(shared))))
+        return len(shared) * SHARE_TOKENS
+
+    def blocks(self, number: int) -> tuple[int, ...]:
+        """A sequence's blocks, in the order of its positions."""
+        return self._of[number].blocks
+
+    def extend(self, number: int, tokens: int) -> tuple[int, ...] | None:
+        """Blocks added so that so many tokens have room; None if too few are free."""
+        holding = self._of[number]
+        missing = self.blocks_for(tokens) - len(holding.blocks)
+        if missing <= 0:
+            return ()
+        added = self._prefixes.take(missing)
+        if added is not None:
+            holding.blocks += added
+        return added
+
+    def computes(self, number: int, start: int, end: int, frame: int) -> None:
+        """A frame is to compute positions [start, end): units of the prompt that this completes
+        may be shared from that frame on."""
+        holding, each = self._of[number], SHARE_TOKENS // self.block_tokens
+        for unit in range(start // SHARE_TOKENS, min(end // SHARE_TOKENS, len(holding.marks))):
+            blocks = holding.blocks[unit * each : (unit + 1) * each]
+            if self._prefixes.add(holding.marks[unit], blocks, number, frame):
+                holding.shared.add(unit)
+
+    def leave(self, number: int) -> None:
+        """Take back what a sequence holds; what it shares stays for others."""
+        holding, each = self._of.pop(number), SHARE_TOKENS // self.block_tokens
+        own = [b for i, b in enumerate(holding.blocks) if i // each not in holding.shared]
+        self._prefixes.release(holding.shared_marks)
+        self._pool.give_back(tuple(own))
+
+    def lose(self, frame: int, numbers: Sequence[int]) -> set[int]:
+        """Take back everything of these sequences and of all that share what they were to compute
+        in this frame or later ones, for it was not computed. Returns them all."""
+        left = set(numbers)
+        lost = self._prefixes.made_since(frame, left)
+        left |= {n for n, each in self._of.items() if not lost.isdisjoint(each.shared_marks)}
+        # What those were to compute rests on what was lost; whoever holds that, holds this too.
+        lost = self._prefixes.made_since(frame, left)
+        for number in left:
+            self.leave(number)
+        self._prefixes.forget(lost)
+        return left
