@@ -39,7 +39,7 @@ from stages.control import (
     decode,
 )
 from stages.duplex import Duplex
-from stages.errors import LinkTimeoutError, StageError
+from stages.errors import LinkError, LinkTimeoutError, StageError
 from stages.greeting import Listener
 from stages.identity import Identity, Member, make_identity
 from stages.link import Trust
@@ -184,8 +184,8 @@ class Fleet:
         return {s.member: s.link.connection.report() for s in stations if s.link is not None}
 
     def stop(self) -> None:
-        """Ask every stage to leave, and wait for it; who has not joined yet finds the door shut."""
-        self._listener.close()
+        """Ask every stage to leave, and wait for it; who has not joined yet is told so at the door."""
+        self._listener.turn_away("the run is over")
         for station in self._stations.values():
             if station.link is not None:
                 with suppress(StageError):  # it is gone already: that was the aim
@@ -200,6 +200,7 @@ class Fleet:
             if station.link is not None:
                 with suppress(StageError):  # it left first, as it should
                     station.link.close()
+        self._listener.close()
 
     def _hello(self) -> Hello:
         return Hello(
@@ -245,7 +246,7 @@ class Fleet:
             except LinkTimeoutError:
                 continue
             station = self._stations[connection.peer]
-            station.link = Duplex(connection, self._mailbox)
+            station.link = Duplex(connection, self._mailbox, listener=self._listener)
             hello = connection.hello
             return Peer(
                 name=station.member,
@@ -299,11 +300,17 @@ class Fleet:
         try:
             self._start(station.member, str(station.spec_path))
         except (StageLostError, StageError) as error:
-            station.ended.append(str(error))
+            self._note_end(station, str(error))
         except (httpx.HTTPError, PrefectException) as error:
-            station.ended.append(f"stage {station.member}: the Prefect server is gone: {error}")
+            self._note_end(station, f"stage {station.member}: the Prefect server is gone: {error}")
         except OSError as error:
-            station.ended.append(f"stage {station.member} could not be started: {error}")
+            self._note_end(station, f"stage {station.member} could not be started: {error}")
+
+    def _note_end(self, station: _Station, reason: str) -> None:
+        """A dead stage's connection may look as if it came back; that its process ended says no."""
+        station.ended.append(reason)
+        if station.link is not None:
+            self._mailbox.report_down(LinkDown(station.link.connection, LinkError(reason)))
 
 
 def _obituary(station: _Station, error: StageError) -> str:

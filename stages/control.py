@@ -95,7 +95,7 @@ class Hello(_Message):
     incarnation: Word
     """Random, drawn when the process starts: the same one still holds its KV cache."""
     last_frame: int = Field(default=-1, ge=-1, lt=2**63)
-    """Number of the last frame received; -1 before the first."""
+    """Number of the last frame received from whom it greets; -1 before the first."""
     purpose: Literal["data", "control"]
     host: str = Field(default="", max_length=255)
     """Where this process listens, for the plan; empty if nowhere."""
@@ -272,6 +272,12 @@ class Stop(_Message):
     reason: Text = ""
 
 
+class Bye(_Message):
+    """The last frame of a control connection: what ends after it was not broken."""
+
+    kind = Kind.BYE
+
+
 class StageFailed(_Message):
     """A stage cannot go on; said to the driver with the last breath."""
 
@@ -302,7 +308,7 @@ class StepFailed(_Message):
 
 ControlMessage: TypeAlias = (
     Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | Answers | Stop
-    | StageFailed | StepFailed
+    | StageFailed | StepFailed | Bye
 )  # fmt: skip
 Message: TypeAlias = StepFrame | SampleFrame | Ack | ProfileFrame | ProfileHeld | ControlMessage
 
@@ -316,7 +322,7 @@ _BY_KIND: dict[Kind, type[Message]] = {
         message.kind: message
         for message in (
             Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, Answers, Stop,
-            StageFailed, StepFailed,
+            StageFailed, StepFailed, Bye,
         )
     },
 }  # fmt: skip

@@ -15,7 +15,7 @@ ProtocolError
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -36,6 +36,7 @@ MAX_ACK_BYTES = 16
 MAX_GREETING_BYTES = 2**14  # read from a peer that has proved its key but not yet its place
 
 _PREFIX = struct.Struct("<2sBBBBHQQIIIIIQ")
+_FRAME_FIELD = 7
 _CHECK = struct.Struct("<I")
 PREFIX_BYTES = _PREFIX.size + _CHECK.size
 _ALIGNMENT = 64  # a payload starts at a multiple of it in its buffer, ready for vector loads
@@ -72,6 +73,7 @@ class Kind(IntEnum):
     ANSWERS = 23
     STOP = 25
     STAGE_FAILED = 26
+    BYE = 27
 
 
 class Dtype(IntEnum):
@@ -97,7 +99,8 @@ RING_KINDS = frozenset({Kind.STEP, Kind.SAMPLES, Kind.STEP_FAILED, Kind.PROFILE}
 GREETING_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.REFUSED})
 PAYLOAD_KINDS = frozenset({Kind.STEP, Kind.SAMPLES})
 ACK_KINDS = frozenset({Kind.ACK, Kind.PROFILE_HELD})
-CONTROL_KINDS = frozenset(Kind) - RING_KINDS - GREETING_KINDS - ACK_KINDS
+CONTROL_KINDS = (frozenset(Kind) - RING_KINDS - GREETING_KINDS - ACK_KINDS) | {Kind.ACK}
+_NUMBERLESS = GREETING_KINDS | {Kind.HEARTBEAT, Kind.BYE}
 _BULKY = frozenset({Kind.STEP, Kind.SAMPLES, Kind.ROWS, Kind.ANSWERS})
 RAW = 0
 """Codec tag of a payload that is the array itself; any other tag is the codec's business."""
@@ -112,7 +115,7 @@ class Label:
     epoch: int
     slot: int = 0
     frame: int = 0
-    """The head's number of the step; 0 outside the ring."""
+    """The head's number of the step; on a control connection the message's own, from 1 on, or 0."""
     rows: int = 0
     columns: int = 0
     dtype: Dtype = Dtype.NONE
@@ -146,6 +149,11 @@ class Frame:
     header: memoryview
     payload: memoryview
 
+    @property
+    def size(self) -> int:
+        """Bytes on the connection, before TLS."""
+        return PREFIX_BYTES + len(self.header) + len(self.payload)
+
 
 def run_number(run: str) -> int:
     """The 64-bit number under which frames carry a run's name."""
@@ -167,6 +175,15 @@ def seal(label: Label, header: bytes, payload: Bytes) -> Packet:
     prefix = _packed(label, len(header), len(body), _checksum(header, body))
     head = b"".join((prefix, _CHECK.pack(_prefix_check(prefix)), header))
     return Packet(head, body, label.kind, label.frame)
+
+
+def numbered(packet: Packet, frame: int) -> Packet:
+    """The same frame under another number."""
+    fields = list(_PREFIX.unpack_from(packet.head))
+    fields[_FRAME_FIELD] = frame
+    prefix = pack(_PREFIX.format, fields)
+    head = b"".join((prefix, _CHECK.pack(_prefix_check(prefix)), packet.head[PREFIX_BYTES:]))
+    return replace(packet, head=head, frame=frame)
 
 
 def _packed(label: Label, header_bytes: int, payload_bytes: int, checksum: int) -> bytes:
@@ -238,7 +255,7 @@ def _check_label(label: Label, header_bytes: int, payload_bytes: int) -> None:
         shape = (label.rows, label.columns, label.dtype, label.codec, header_bytes)
         fits = shape == (0, 0, Dtype.NONE, RAW, 0)
     if label.kind >= Kind.HELLO:
-        fits = fits and label.slot == 0 and label.frame == 0
+        fits = fits and label.slot == 0 and (label.frame == 0 or label.kind not in _NUMBERLESS)
     if not fits:
         raise FrameError(f"sizes and tags contradict one another: {label}, {payload_bytes} bytes")
 

@@ -38,7 +38,7 @@ from stages.frame import (
     RunMismatchError,
     run_number,
 )
-from stages.link import RECORD_BYTES, Connection, Trust, link_error, tune
+from stages.link import Connection, Purpose, Trust, link_error, part, tune
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """Who takes the data connections of one peer."""
+    """Who takes the connections of one peer and purpose."""
 
     take: Callable[[Connection], None]
     last_frame: Callable[[], int]
@@ -157,10 +157,11 @@ class Listener:
         self._handshake_s = handshake_s
         self._socket = _listen(host, port)
         self._ready: deque[Connection] = deque()
-        self._routes: dict[str, _Route] = {}
+        self._routes: dict[tuple[str, Purpose], _Route] = {}
         self._changed = threading.Condition()
         self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._closing = False
+        self._over = ""
         self._thread = threading.Thread(target=self._serve, name="link-accept", daemon=True)
         self._thread.start()
 
@@ -179,26 +180,34 @@ class Listener:
             return self._ready.popleft()
 
     def route(
-        self, peer: str, take: Callable[[Connection], None], last_frame: Callable[[], int]
+        self,
+        peer: str,
+        take: Callable[[Connection], None],
+        last_frame: Callable[[], int],
+        purpose: Purpose = "data",
     ) -> None:
         """
-        From now on hand that peer's data connections to `take`, as soon as they stand.
+        From now on hand that peer's connections of that purpose to `take`, as soon as they stand.
 
         `last_frame` goes into the welcome: the peer sends again what comes after it. Both are
         called from a handshake's thread.
         """
         with self._changed:
-            self._routes[peer] = _Route(take, last_frame)
-            early = [c for c in self._ready if c.peer == peer and c.purpose == "data"]
+            self._routes[peer, purpose] = _Route(take, last_frame)
+            early = [c for c in self._ready if (c.peer, c.purpose) == (peer, purpose)]
             for connection in early:
                 self._ready.remove(connection)
         for connection in early:
             take(connection)
 
-    def unroute(self, peer: str) -> None:
-        """Hand that peer's connections to `accept` again."""
+    def unroute(self, peer: str, purpose: Purpose = "data") -> None:
+        """Hand that peer's connections of that purpose to `accept` again."""
         with self._changed:
-            self._routes.pop(peer, None)
+            self._routes.pop((peer, purpose), None)
+
+    def turn_away(self, reason: str) -> None:
+        """From now on refuse every member, and tell it why."""
+        self._over = reason
 
     def close(self) -> None:
         """Stop listening and drop connections that nobody accepted."""
@@ -249,7 +258,7 @@ class Listener:
 
     def _deliver(self, connection: Connection) -> None:
         with self._changed:
-            route = self._routes.get(connection.peer) if connection.purpose == "data" else None
+            route = self._routes.get((connection.peer, connection.purpose))
             if route is None:
                 self._ready.append(connection)
                 self._changed.notify()
@@ -264,11 +273,11 @@ class Listener:
         trust = self.trust
         raw.settimeout(self._handshake_s)
         with contextlib.ExitStack() as undo:
-            undo.callback(_part, raw)
+            undo.callback(part, raw)
             tune(raw)
             tls = trust.server.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
             undo.pop_all()
-            undo.callback(_part, tls)
+            undo.callback(part, tls)
             tls.do_handshake()
             proven = trust.name_of(tls)
             hello = decode(_read_greeting(tls, deadline_s))
@@ -276,6 +285,8 @@ class Listener:
                 raise ProtocolError(f"{proven} opened with something else than a hello")
             own = self._greeting()
             refused = _objection(own, proven, hello)
+            if refused is None and self._over:
+                refused = Refused(reason=self._over, cause="run", epoch=own.epoch)
             if refused is not None:
                 _send_greeting(tls, refused.encode(run_number(own.run), own.epoch))
                 raise PeerRefusedError(f"{proven}: {refused.reason}")
@@ -286,7 +297,7 @@ class Listener:
             return Connection(tls, hello, hello.purpose, incoming)
 
     def _welcome(self, own: Hello, hello: Hello) -> Welcome:
-        route = self._routes.get(hello.name) if hello.purpose == "data" else None
+        route = self._routes.get((hello.name, hello.purpose))
         last_frame = own.last_frame if route is None else route.last_frame()
         return Welcome(**(own.model_dump() | {"last_frame": last_frame}))
 
@@ -335,17 +346,6 @@ def _left_s(deadline_s: float) -> float:
     if left_s <= 0:
         raise LinkTimeoutError("the handshake took too long")
     return left_s
-
-
-def _part(connection: socket.socket) -> None:
-    """Close after the other end could read why: closing over unread bytes would reset it."""
-    deadline_s = time.monotonic() + 1.0
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_WR)
-        connection.settimeout(1.0)
-        while time.monotonic() < deadline_s and socket.socket.recv(connection, RECORD_BYTES):
-            pass
-    connection.close()
 
 
 def _handshake_error(place: str, error: ssl.SSLError) -> StageError:

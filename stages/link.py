@@ -129,6 +129,8 @@ class Connection:
         """The peer's greeting."""
         self.purpose: Purpose = purpose
         self.counters = Counters()
+        self.share = object()
+        """Whose share of a mailbox its frames take: its own, or that of the first it replaces."""
         self.congestion_control = _congestion_control(tls)
         self._tls = tls
         self.run = run_number(hello.run)
@@ -174,8 +176,8 @@ class Connection:
         return TcpState.of(self._tls)
 
     def succeed(self, broken: "Connection") -> None:
-        """Take over the counters of the connection that this one replaces."""
-        self.counters = broken.counters
+        """Take over the counters and the share of room of the connection that this one replaces."""
+        self.counters, self.share = broken.counters, broken.share
         self.counters.reconnects += 1
 
     def send(self, packet: Packet) -> None:
@@ -299,6 +301,17 @@ def pieces(packet: Packet) -> Iterator[bytes | memoryview]:
     yield b"".join((packet.head, packet.payload[:first]))
     if len(packet.payload) > first:
         yield packet.payload[first:]
+
+
+def part(connection: socket.socket) -> None:
+    """Close after the other end could read why: closing over unread bytes would reset it."""
+    deadline_s = time.monotonic() + 1.0
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_WR)
+        connection.settimeout(1.0)
+        while time.monotonic() < deadline_s and socket.socket.recv(connection, RECORD_BYTES):
+            pass
+    connection.close()
 
 
 def tune(raw: socket.socket) -> None:

@@ -14,6 +14,8 @@ from stages.errors import StageError
 from stages.frame import Frame
 from stages.link import Connection
 
+ROOM_BYTES = 64 * 2**20  # above what a link of 500 Mbit/s and a second's round trip holds
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -35,12 +37,18 @@ Mail: TypeAlias = Arrival | LinkDown
 
 
 class Mailbox:
-    """Arrivals of several connections in one order; at most `capacity` frames wait of each."""
+    """
+    Arrivals of several connections in one order.
 
-    def __init__(self, capacity: int = 64) -> None:
+    Of each wait at most `capacity` frames, and none is added once they have `capacity_bytes`.
+    """
+
+    def __init__(self, capacity: int = 64, capacity_bytes: int = ROOM_BYTES) -> None:
         self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
         self._mail: deque[Mail] = deque()
-        self._waiting: Counter[Connection] = Counter()
+        self._waiting: Counter[object] = Counter()
+        self._waiting_bytes: Counter[object] = Counter()
         self._changed = threading.Condition()
 
     def get(self, timeout_s: float | None = None) -> Mail | None:
@@ -50,7 +58,7 @@ class Mailbox:
                 return None
             mail = self._mail.popleft()
             if isinstance(mail, Arrival):
-                self._waiting[mail.source] -= 1
+                self._count(mail, -1)
                 self._changed.notify_all()
             return mail
 
@@ -73,9 +81,16 @@ class Mailbox:
             self._changed.notify_all()
 
     def _has_room(self, source: Connection) -> bool:
-        return self._waiting[source] < self._capacity
+        return (
+            self._waiting[source.share] < self._capacity
+            and self._waiting_bytes[source.share] < self._capacity_bytes
+        )
 
     def _add(self, arrival: Arrival) -> None:
         self._mail.append(arrival)
-        self._waiting[arrival.source] += 1
+        self._count(arrival, 1)
         self._changed.notify_all()
+
+    def _count(self, arrival: Arrival, change: int) -> None:
+        self._waiting[arrival.source.share] += change
+        self._waiting_bytes[arrival.source.share] += change * arrival.frame.size

@@ -45,7 +45,7 @@ from stages.greeting import Listener, dial, dial_once
 from stages.head import Head
 from stages.identity import Identity, Member
 from stages.inbox import Inbox
-from stages.link import Trust
+from stages.link import Connection, Trust
 from stages.link_codec import LOSSLESS, LinkDecoder, LinkEncoder
 from stages.mailbox import LinkDown, Mailbox
 from stages.outbox import Outbox
@@ -116,10 +116,18 @@ class Worker:
 
     def _join_driver(self, trust: Trust, listening: Address) -> None:
         spec, place = self._spec, self._spec.driver_address
-        hello = self._hello(listening, "control")
-        connection = dial(trust, spec.driver, (place.host, place.port), hello, JOIN_S)
+        hello, address = self._hello(listening, "control"), (place.host, place.port)
+
+        def redial(last_message: int) -> Connection:
+            again = hello.model_copy(update={"last_frame": last_message})
+            return dial_once(trust, spec.driver, address, again, REDIAL_S)
+
         self._driver = Duplex(
-            connection, self._mailbox, self._vitals, lost_after_s=spec.driver_lost_after_s
+            dial(trust, spec.driver, address, hello, JOIN_S),
+            self._mailbox,
+            self._vitals,
+            lost_after_s=spec.driver_lost_after_s,
+            redial=redial,
         )
 
     def _vitals(self) -> Heartbeat:
@@ -208,7 +216,7 @@ class Worker:
 
     def _farewell(self, down: LinkDown) -> Message:
         """A connection ended: the driver's Stop explains it, or it is an error."""
-        if down.source is not self._driver.connection:
+        if down.source.share is not self._driver.connection.share:
             deadline = time.monotonic() + FAREWELL_S
             while (left := deadline - time.monotonic()) > 0:
                 mail = self._mailbox.get(left)

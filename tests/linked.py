@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from planner.schedule import Span, Step
-from stages.control import Hello
+from stages.control import Answer, Answers, Hello, Message, decode
+from stages.duplex import Duplex
 from stages.frame import Dtype, Packet, run_number
 from stages.greeting import Listener, dial
 from stages.identity import Identity, Member, load_identity, make_identity
 from stages.link import Connection, Trust
-from stages.mailbox import LinkDown
+from stages.mailbox import Arrival, LinkDown, Mail
 from stages.wire import StepFrame
 
 RUN = "run-1"
@@ -101,6 +102,38 @@ def run_child(program: str, *arguments: str) -> "subprocess.Popen[bytes]":
     )
 
 
+def part(*ends: Duplex) -> None:
+    closing = [threading.Thread(target=end.close) for end in ends]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join()
+
+
+def received(mail: Mail | None) -> Message:
+    assert isinstance(mail, Arrival), mail
+    return decode(mail.frame)
+
+
+def flood(end: Duplex, messages: list[Answers]) -> None:
+    for message in messages:
+        end.send(message)
+
+
+def answer(row: int, text: str) -> Answer:
+    return Answer(
+        row=row,
+        output_ids=(),
+        text=text,
+        finish_reason="stop",
+        prompt_tokens=0,
+        output_tokens=0,
+        queued_s=0.0,
+        prefill_s=0.0,
+        decode_s=0.0,
+    )
+
+
 class Relay:
     """A stretch of wire between a dialer and a listener, that can be cut, held and reset."""
 
@@ -109,6 +142,7 @@ class Relay:
         self.open = threading.Event()
         self.open.set()
         self.reset_after_bytes = 2**62
+        self._gates: list[threading.Event] = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._ends: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._serve)]
@@ -126,8 +160,16 @@ class Relay:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 end.shutdown(socket.SHUT_RDWR)
 
+    def hold(self) -> None:
+        """Let today's connections carry nothing more, and tell neither end."""
+        self.open.clear()
+        self.open = threading.Event()
+        self.open.set()
+
     def close(self) -> None:
         self.open.set()
+        for gate in self._gates:
+            gate.set()
         self._listening.shutdown(socket.SHUT_RDWR)
         self.reset()
         for thread in self._threads:
@@ -152,10 +194,11 @@ class Relay:
                     self._threads[-1].start()
 
     def _carry(self, source: socket.socket, target: socket.socket) -> None:
-        left = self.reset_after_bytes
+        left, gate = self.reset_after_bytes, self.open
+        self._gates.append(gate)
         with contextlib.suppress(OSError):
             while left > 0 and (piece := source.recv(min(left, 4096))):
-                self.open.wait()
+                gate.wait()
                 target.sendall(piece)
                 left -= len(piece)
         for end in (source, target):

@@ -10,24 +10,25 @@ from pathlib import Path
 import pytest
 
 from stages.control import (
-    Answer,
     Answers,
     Heartbeat,
-    Message,
     Rows,
     Stop,
-    decode,
 )
-from stages.duplex import Duplex
+from stages.duplex import WINDOW_MESSAGES, Duplex
 from stages.errors import (
     LinkError,
     LinkTimeoutError,
     PeerClosedError,
 )
-from stages.mailbox import Arrival, LinkDown, Mail, Mailbox
+from stages.mailbox import LinkDown, Mailbox
 from tests.linked import (
     Net,
+    answer,
+    flood,
+    part,
     plan_in,
+    received,
     run_child,
     wait_for,
 )
@@ -37,19 +38,6 @@ def talk(net: Net, **settings: float) -> tuple[Duplex, Mailbox, Duplex, Mailbox]
     near, far = net.pair("control")
     here, there = Mailbox(), Mailbox()
     return Duplex(near, here, **settings), here, Duplex(far, there, **settings), there  # type: ignore[arg-type]
-
-
-def part(*ends: Duplex) -> None:
-    closing = [threading.Thread(target=end.close) for end in ends]
-    for thread in closing:
-        thread.start()
-    for thread in closing:
-        thread.join()
-
-
-def received(mail: Mail | None) -> Message:
-    assert isinstance(mail, Arrival), mail
-    return decode(mail.frame)
 
 
 def test_control_messages_cross_both_ways(net: Net) -> None:
@@ -116,11 +104,7 @@ def test_a_flood_from_both_ends_arrives_whole_and_in_order(net: Net) -> None:
     sizes = [chance.choice((0, 10, 3000, 30_000, 600_000)) for _ in range(120)]
     messages = [Answers(answers=(answer(number, "x" * size),)) for number, size in enumerate(sizes)]
 
-    def flood(end: Duplex) -> None:
-        for message in messages:
-            end.send(message)
-
-    floods = [threading.Thread(target=flood, args=(end,)) for end in (a, b)]
+    floods = [threading.Thread(target=flood, args=(end, messages)) for end in (a, b)]
     for thread in floods:
         thread.start()
     for mailbox in (there, here):
@@ -128,20 +112,6 @@ def test_a_flood_from_both_ends_arrives_whole_and_in_order(net: Net) -> None:
     for thread in floods:
         thread.join()
     part(a, b)
-
-
-def answer(row: int, text: str) -> Answer:
-    return Answer(
-        row=row,
-        output_ids=(),
-        text=text,
-        finish_reason="stop",
-        prompt_tokens=0,
-        output_tokens=0,
-        queued_s=0.0,
-        prefill_s=0.0,
-        decode_s=0.0,
-    )
 
 
 def test_a_peer_that_reads_nothing_fills_a_bounded_control_queue(net: Net) -> None:
@@ -160,7 +130,7 @@ PAUSED = """
 import sys
 from pathlib import Path
 from stages.control import Stop
-from stages.duplex import Duplex
+from stages.duplex import WINDOW_MESSAGES, Duplex
 from stages.greeting import dial
 from stages.mailbox import LinkDown, Mailbox
 from tests import linked
@@ -193,3 +163,19 @@ def test_a_process_that_was_stopped_for_a_while_is_neither_lost_nor_calls_others
         assert received(mailbox.get(10)) == Stop(reason="")
         assert child.wait() == 0
         duplex.close()
+
+
+def test_a_mailbox_that_nobody_empties_bounds_what_both_ends_hold(net: Net) -> None:
+    near, far = net.pair("control")
+    a, b = Duplex(near, Mailbox(), capacity=4), Duplex(far, Mailbox(capacity=2))
+    sent = 0
+    with pytest.raises(LinkTimeoutError):
+        while sent < 200:
+            a.send(Stop(reason="x" * 1000), timeout_s=0.2)
+            sent += 1
+    assert sent == 2 + WINDOW_MESSAGES + 4
+    for end in (near, far):
+        end.close()
+    for duplex in (a, b):
+        with contextlib.suppress(LinkError):
+            duplex.close()

@@ -17,6 +17,7 @@ from planner.schedule import Grant, Span, Step
 from stages.control import (
     Answer,
     Answers,
+    Bye,
     ControlMessage,
     Heartbeat,
     Hello,
@@ -129,6 +130,7 @@ CONTROL: tuple[ControlMessage, ...] = (
         )
     ),
     Stop(reason="done"),
+    Bye(),
     StageFailed(node="a", error_type="NumericError", message="NaN in layer 3"),
     StepFailed(
         epoch=3,
