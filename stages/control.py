@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from stages.errors import FrameError
-from stages.frame import MAX_ROWS, Frame, Kind, Label, Packet, run_number, seal
+from stages.frame import MAX_ROWS, ROOM_BYTES, Frame, Kind, Label, Packet, run_number, seal
 from stages.identity import NAME_PATTERN
 from stages.wire import MAX_POSITION, Ack, ProfileFrame, ProfileHeld, SampleFrame, StepFrame
 
@@ -97,6 +97,8 @@ class Hello(_Message):
     last_frame: int = Field(default=-1, ge=-1, lt=2**63)
     """Number of the last frame received from whom it greets; -1 before the first."""
     purpose: Literal["data", "control"]
+    room_bytes: Count = ROOM_BYTES
+    """Credit: the peer may send once fewer bytes than these are unacknowledged."""
     host: str = Field(default="", max_length=255)
     """Where this process listens, for the plan; empty if nowhere."""
     port: Port = 0

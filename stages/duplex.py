@@ -25,10 +25,10 @@ from stages.errors import (
     ProtocolError,
     StageError,
 )
-from stages.frame import Frame, Kind, Packet, numbered
+from stages.frame import ROOM_BYTES, Frame, Kind, Packet, numbered
 from stages.greeting import Listener
 from stages.link import Connection, pieces
-from stages.mailbox import ROOM_BYTES, Arrival, LinkDown, Mailbox
+from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.send_queue import Bell, SendQueue
 from stages.wire import Ack
 

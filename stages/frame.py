@@ -33,6 +33,7 @@ MAX_HEADER_BYTES = 2**20
 MAX_ROWS = 4096  # records of one kind in a step
 MAX_CONTROL_BYTES = 2**20
 MAX_ACK_BYTES = 16
+ROOM_BYTES = 64 * 2**20  # above what a link of 500 Mbit/s and a second's round trip has under way
 MAX_GREETING_BYTES = 2**14  # read from a peer that has proved its key but not yet its place
 
 _PREFIX = struct.Struct("<2sBBBBHQQIIIIIQ")

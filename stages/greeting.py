@@ -34,6 +34,7 @@ from stages.frame import (
     EpochMismatchError,
     Frame,
     FrameReader,
+    Kind,
     Packet,
     RunMismatchError,
     run_number,
@@ -91,7 +92,7 @@ def dial_once(
             raise _handshake_error(place, error) from error
         except OSError as error:
             raise link_error(place, error) from error
-        incoming = ACK_KINDS if hello.purpose == "data" else CONTROL_KINDS
+        incoming = ACK_KINDS | {Kind.REFUSED} if hello.purpose == "data" else CONTROL_KINDS
         connection = Connection(tls, _welcome(place, hello, answer), hello.purpose, incoming)
         tls.settimeout(None)
         undo.pop_all()

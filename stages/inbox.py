@@ -8,9 +8,9 @@ What comes twice, because its acknowledgement was lost with a connection, is dro
 import logging
 import threading
 
-from stages.control import LinkReport
+from stages.control import LinkReport, Refused
 from stages.errors import LinkError, PeerClosedError, StageError
-from stages.frame import Kind
+from stages.frame import EpochMismatchError, Kind
 from stages.greeting import Listener
 from stages.link import Connection
 from stages.link_codec import LinkDecoder
@@ -24,8 +24,9 @@ class Inbox:
     """
     The one thread that reads a data connection, into a mailbox, and acknowledges each frame.
 
-    With a `listener`, a connection that broke may be replaced by its peer for `patience_s` seconds;
-    only then, or when another incarnation of the peer dials, it is reported as down.
+    A frame of another epoch is refused, its sender told, and the connection ended. With a `listener`,
+    a connection that broke may be replaced by its peer for `patience_s` seconds; only then, or when
+    another incarnation of the peer dials, it is reported as down.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Inbox:
         self.last_frame = -1
         """Number of the last frame that the mailbox got."""
         self._connection = connection
+        self._epoch = connection.hello.epoch
         self._mailbox = mailbox
         self._listener = listener
         self._patience_s = patience_s if listener else 0.0
@@ -90,6 +92,10 @@ class Inbox:
                     self._read()
                 except LinkError as error:
                     self._replace(error)
+                except EpochMismatchError as error:
+                    refused = Refused(reason=str(error), cause="epoch", epoch=self._epoch)
+                    self._connection.refuse(refused.encode(self._connection.run, self._epoch))
+                    self._replace(error)
         except StageError as error:
             if not self._closing:
                 self._mailbox.report_down(LinkDown(self._connection, error))
@@ -111,7 +117,7 @@ class Inbox:
             word = self._decoder.acknowledgement(frame.label.epoch, self.last_frame)
             source.send(word.encode(source.run))
 
-    def _replace(self, error: LinkError) -> None:
+    def _replace(self, error: StageError) -> None:
         """Go on with the connection that replaces a broken one; raises where none comes."""
         with self._changed:
             self._changed.wait_for(

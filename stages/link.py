@@ -248,6 +248,13 @@ class Connection:
         else:
             counters.control_bytes_sent += packet.size
 
+    def refuse(self, packet: Packet) -> None:
+        """Say a last frame, take no more, and end the connection once the peer could hear it."""
+        with self._sole_use():
+            self._tls.sendall(bytes(packet))
+            self._closing = True
+            part(self._tls)
+
     def finish(self) -> None:
         """Tell the peer that nothing more will be sent; it may still send."""
         socket.socket.shutdown(self._tls, socket.SHUT_WR)

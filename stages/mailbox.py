@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from stages.errors import StageError
-from stages.frame import Frame
+from stages.frame import ROOM_BYTES, Frame
 from stages.link import Connection
-
-ROOM_BYTES = 64 * 2**20  # above what a link of 500 Mbit/s and a second's round trip holds
 
 
 @dataclass(frozen=True, slots=True)

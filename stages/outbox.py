@@ -12,9 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from stages.control import LinkReport, decode
+from stages.control import LinkReport, Refused, decode
 from stages.errors import LinkError, LinkTimeoutError, PeerClosedError, StageError
-from stages.frame import Packet
+from stages.frame import EpochMismatchError, Packet
 from stages.link import Connection
 from stages.link_codec import LinkEncoder
 from stages.mailbox import LinkDown
@@ -32,10 +32,11 @@ class Outbox:
     """
     The one thread that writes a data connection, behind a bounded queue.
 
-    At most `window` frames are unacknowledged at a time. With `redial`, a connection that broke is
-    dialled again for `patience_s` seconds, each call of `redial` being one `dial_once`. When it
-    is down for good, `on_down` is called once from that thread, and every later `put` raises the
-    same error.
+    At most `window` frames are unacknowledged at a time, and none is sent once they have the bytes for
+    which the peer has given credit: what it does not read is not kept here without bound. With
+    `redial`, a connection that broke is dialled again for `patience_s` seconds, each call of `redial`
+    being one `dial_once`. When it is down for good, `on_down` is called once from that thread, and
+    every later `put` raises the same error.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Outbox:
             self._take_words()
             self._announce()
             message = None
-            if len(self._unacknowledged) < self._window:
+            if self._has_credit():
                 message = self._queue.take()
             if message is not None:
                 packet = self._encoder.packet(message)
@@ -146,6 +147,11 @@ class Outbox:
             elif not self._queue.finished:
                 self._connection.wait(self._bell, None)
                 self._bell.quiet()
+
+    def _has_credit(self) -> bool:
+        kept_bytes = sum(packet.size for packet in self._unacknowledged)
+        room_bytes = self._connection.hello.room_bytes
+        return len(self._unacknowledged) < self._window and kept_bytes < room_bytes
 
     def _introduce(self) -> None:
         """Have a new connection's peer hold the profile before frames come that need it."""
@@ -165,6 +171,8 @@ class Outbox:
 
     def _take_word(self) -> None:
         word = decode(self._connection.receive())
+        if isinstance(word, Refused):
+            raise EpochMismatchError(f"{self._connection.peer} refused a frame: {word.reason}")
         assert isinstance(word, Ack | ProfileHeld), "the connection takes no other kinds"
         self._encoder.heard(word, self._connection.tcp_state())
         if isinstance(word, Ack):

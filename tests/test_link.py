@@ -76,6 +76,24 @@ def test_frames_that_have_no_place_end_the_connection(net: Net) -> None:
         assert isinstance(mail, LinkDown) and isinstance(mail.error, error)
 
 
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_sender_of_a_frame_of_another_epoch_is_told(net: Net, epoch: int) -> None:
+    near, far = net.pair()
+    mailbox, downs = Mailbox(), list[LinkDown]()
+    net.closing.append(Inbox(far, mailbox).close)
+    outbox = Outbox(near, downs.append)
+    outbox.put(step_packet(1))
+    outbox.put(step_packet(2, epoch=epoch))
+    wait_for(lambda: downs)
+    assert isinstance(downs[0].error, EpochMismatchError)
+    assert f"of epoch {epoch}, not 1" in str(downs[0].error)
+    with pytest.raises(EpochMismatchError):
+        outbox.put(step_packet(3))
+    mail = [mailbox.get(5), mailbox.get(5)]
+    assert isinstance(mail[0], Arrival) and mail[0].frame.label.frame == 1
+    assert isinstance(mail[1], LinkDown) and isinstance(mail[1].error, EpochMismatchError)
+
+
 def test_an_outbox_sends_all_before_it_closes(net: Net) -> None:
     near, far = net.pair()
     mailbox = Mailbox(capacity=2)

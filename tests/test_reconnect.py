@@ -165,6 +165,24 @@ def test_a_sender_keeps_no_more_than_its_window(folder: Path) -> None:
         close()
 
 
+def test_a_sender_keeps_no_more_bytes_than_it_has_credit_for(folder: Path) -> None:
+    net = plan_in(folder)
+    listener = net.listener("b", hello_of("b").model_copy(update={"room_bytes": 100_000}))
+    near = dial_once(net.trust("a"), "b", listener.address, hello_of("a"), 5.0)
+    outbox, number = Outbox(near, unexpected, capacity=1), 0
+    with pytest.raises(LinkTimeoutError):
+        while number < 20:
+            outbox.put(step_packet(number, bytes(40_000)), timeout_s=0.2)
+            number += 1
+    assert number == 4  # the third exceeds the credit, the fourth is queued
+    inbox = Inbox(listener.accept(5), Mailbox())
+    outbox.put(step_packet(4), timeout_s=5)
+    outbox.close()
+    inbox.close()
+    for close in reversed(net.closing):
+        close()
+
+
 def test_a_peer_that_started_anew_is_down(join: Callable[..., Wire]) -> None:
     wire = join(incarnations=(7, 8))
     wire.relay.reset()
