@@ -97,9 +97,11 @@ def small_delay(folder: FilePath) -> list[Claim]:
     for rtt_s in (0.02, 0.2):
         path = Path(RATE_BIT_PER_S, rtt_s / 2)
         warm_up_s = 2 + WARM_UP_RTTS * rtt_s
-        alone, _, _ = run(folder, path, Transfer(0, ROWS, "bbr", MESSAGE_EVERY_S, 1.0, 5.0))
+        alone, _, _ = run(folder, path, Transfer(0, ROWS, "bbr", None, MESSAGE_EVERY_S, 1.0, 5.0))
         for control in CONTROLS:
-            transfer = Transfer(FRAME_BYTES["1 MiB"], ROWS, control, MESSAGE_EVERY_S, warm_up_s, 20)
+            transfer = Transfer(
+                FRAME_BYTES["1 MiB"], ROWS, control, 1, MESSAGE_EVERY_S, warm_up_s, 20
+            )
             beside, _, _ = run(folder, path, transfer)
             added_s = beside.message_delay_s - alone.message_delay_s
             claim = f"a message's added delay beside bulk, RTT {1e3 * rtt_s:g} ms, {control}"

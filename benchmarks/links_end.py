@@ -44,6 +44,8 @@ class Transfer:
     """Of each STEP frame; 0 for none."""
     rows: int = 32
     congestion_control: str = "bbr"
+    stripes: int | None = None
+    """TLS connections that carry the frames; None for as many as the link takes by itself."""
     message_every_s: float = 0.0
     """0 for no control connection."""
     warm_up_s: float = 5.0
@@ -142,7 +144,7 @@ def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
             return Sent(control.congestion_control, 0.0, 0.0)
         telling = (duplex, transfer.message_every_s)
         threading.Thread(target=_tell, args=telling, daemon=True).start()
-    connection = dial(trust, "b", address, _hello("a", "data"), DIAL_S)
+    connection = dial(trust, "b", address, _hello("a", "data"), DIAL_S, transfer.stripes)
     chosen = choose_congestion_control(connection, transfer.congestion_control)
     cpu_s = time.process_time()
     outbox = Outbox(connection, _note_end)
@@ -163,10 +165,13 @@ def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
 
 def choose_congestion_control(connection: Connection, name: str) -> str:
     """Replace what the link chose for itself; what holds now."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as raw:
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode("ascii"))
-        held = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-    return held.rstrip(b"\0").decode("ascii")
+    for tls in connection.sockets:
+        tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode("ascii"))
+    held = {
+        tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16) for tls in connection.sockets
+    }
+    assert len(held) == 1
+    return held.pop().rstrip(b"\0").decode("ascii")
 
 
 def _tell(duplex: Duplex, every_s: float) -> None:

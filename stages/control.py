@@ -26,6 +26,7 @@ MAX_TEXT_CHARS = 4000  # of an error's message; the rest is cut, for the crash p
 MAX_ROW_TOKENS = 2**22
 MAX_STOPS = 64
 MAX_MEMBERS = 1024
+MAX_STRIPES = 16
 
 
 def _bounded(text: object) -> object:
@@ -99,9 +100,20 @@ class Hello(_Message):
     purpose: Literal["data", "control"]
     room_bytes: Count = ROOM_BYTES
     """Credit: the peer may send once fewer bytes than these are unacknowledged."""
+    stream: Word = 0
+    """Random, alike for all connections that carry one stream of bytes."""
+    stripe: int = Field(default=0, ge=0, lt=MAX_STRIPES)
+    """Which of them this is."""
+    stripes: int = Field(default=1, ge=1, le=MAX_STRIPES)
     host: str = Field(default="", max_length=255)
     """Where this process listens, for the plan; empty if nowhere."""
     port: Port = 0
+
+    @model_validator(mode="after")
+    def _is_one_of_its_stripes(self) -> Self:
+        if self.stripe >= self.stripes:
+            raise ValueError(f"stripe {self.stripe} of {self.stripes}")
+        return self
 
     def greeting(self) -> Packet:
         """The frame of this hello, bearing its own run and epoch."""

@@ -8,13 +8,15 @@ next read, so `dial` returns a connection only after the listener's own hello ca
 
 import contextlib
 import logging
+import secrets
 import socket
 import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from stages.control import Hello, Refused, Welcome, decode
@@ -39,7 +41,7 @@ from stages.frame import (
     RunMismatchError,
     run_number,
 )
-from stages.link import Connection, Purpose, Trust, link_error, part, tune
+from stages.link import Connection, Purpose, Trust, link_error, part, tune, usual_stripes
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,19 @@ HANDSHAKE_S = 10.0  # for TLS and hello together, however slowly the bytes drip
 MAX_HANDSHAKES = 32
 
 
-def dial(trust: Trust, peer: str, address: Address, hello: Hello, timeout_s: float) -> Connection:
+def dial(
+    trust: Trust,
+    peer: str,
+    address: Address,
+    hello: Hello,
+    timeout_s: float,
+    stripes: int | None = None,
+) -> Connection:
     """
     A connection to the member of that name, tried until it stands or the time is over.
 
-    Raises PeerRefusedError where another certificate answers or the listener refuses ours,
+    Data takes as many `stripes` as suit this host's congestion control, where none are named. Raises
+    PeerRefusedError where another certificate answers or the listener refuses ours,
     RunMismatchError and EpochMismatchError where the listener serves another run or a later plan,
     LinkTimeoutError where nobody answers in time.
     """
@@ -61,7 +71,7 @@ def dial(trust: Trust, peer: str, address: Address, hello: Hello, timeout_s: flo
     pause_s = 0.05
     while True:
         try:
-            return dial_once(trust, peer, address, hello, deadline_s - time.monotonic())
+            return dial_once(trust, peer, address, hello, deadline_s - time.monotonic(), stripes)
         except LinkError as error:
             if time.monotonic() + pause_s >= deadline_s:
                 place = f"{peer} at {address[0]}:{address[1]}"
@@ -71,16 +81,41 @@ def dial(trust: Trust, peer: str, address: Address, hello: Hello, timeout_s: flo
 
 
 def dial_once(
-    trust: Trust, peer: str, address: Address, hello: Hello, timeout_s: float
+    trust: Trust,
+    peer: str,
+    address: Address,
+    hello: Hello,
+    timeout_s: float,
+    stripes: int | None = None,
 ) -> Connection:
     """One attempt of `dial`: raises LinkError at once where nobody listens."""
     deadline_s = time.monotonic() + timeout_s
+    if stripes is None:
+        stripes = usual_stripes() if hello.purpose == "data" else 1
+    stream = {"stream": secrets.randbits(64) if stripes > 1 else 0, "stripes": stripes}
+    hellos = [hello.model_copy(update=stream | {"stripe": stripe}) for stripe in range(stripes)]
+    with ThreadPoolExecutor(stripes) as pool, contextlib.ExitStack() as undo:
+        dialled = [pool.submit(_dialled, trust, peer, address, h, deadline_s) for h in hellos]
+        wait(dialled)
+        for each in dialled:
+            if each.exception() is None:
+                undo.callback(each.result()[0].close)
+        sockets, welcomes = zip(*(each.result() for each in dialled), strict=True)
+        undo.pop_all()
+    incoming = ACK_KINDS | {Kind.REFUSED} if hello.purpose == "data" else CONTROL_KINDS
+    earliest = min(welcomes, key=lambda welcome: welcome.last_frame)
+    return Connection(sockets, earliest, hello.purpose, incoming)
+
+
+def _dialled(
+    trust: Trust, peer: str, address: Address, hello: Hello, deadline_s: float
+) -> tuple[ssl.SSLSocket, Welcome]:
+    """One TLS connection to the member of that name, and its greeting."""
     place = f"{peer} at {address[0]}:{address[1]}"
     with contextlib.ExitStack() as undo:
         try:
-            raw = socket.create_connection(address, timeout=_left_s(deadline_s))
+            raw = _connected(address, deadline_s)
             undo.callback(raw.close)
-            tune(raw)
             tls = trust.client.wrap_socket(raw, do_handshake_on_connect=False)
             undo.callback(tls.close)
             tls.do_handshake()
@@ -92,11 +127,23 @@ def dial_once(
             raise _handshake_error(place, error) from error
         except OSError as error:
             raise link_error(place, error) from error
-        incoming = ACK_KINDS | {Kind.REFUSED} if hello.purpose == "data" else CONTROL_KINDS
-        connection = Connection(tls, _welcome(place, hello, answer), hello.purpose, incoming)
+        welcome = _welcome(place, hello, answer)
         tls.settimeout(None)
         undo.pop_all()
-        return connection
+        return tls, welcome
+
+
+def _connected(address: Address, deadline_s: float) -> socket.socket:
+    """A TCP connection, tuned before it stands, so that both ends know how much it can hold."""
+    family, kind, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+    with contextlib.ExitStack() as undo:
+        raw = socket.socket(family, kind)
+        undo.callback(raw.close)
+        tune(raw)
+        raw.settimeout(_left_s(deadline_s))
+        raw.connect(place)
+        undo.pop_all()
+    return raw
 
 
 def _welcome(place: str, hello: Hello, answer: object) -> Welcome:
@@ -132,6 +179,19 @@ class _Route:
     last_frame: Callable[[], int]
 
 
+@dataclass(slots=True)
+class _Stream:
+    """Connections of one stream, of which some are still to come."""
+
+    number: int
+    stripes: int
+    sockets: dict[int, ssl.SSLSocket] = field(default_factory=dict)
+
+    def close(self) -> None:
+        for tls in self.sockets.values():
+            tls.close()
+
+
 class Listener:
     """
     Takes connections from members of the plan, at one given address and nowhere else.
@@ -159,6 +219,7 @@ class Listener:
         self._socket = _listen(host, port)
         self._ready: deque[Connection] = deque()
         self._routes: dict[tuple[str, Purpose], _Route] = {}
+        self._begun: dict[tuple[str, Purpose], _Stream] = {}
         self._changed = threading.Condition()
         self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._closing = False
@@ -220,6 +281,8 @@ class Listener:
         with self._changed:
             while self._ready:
                 self._ready.popleft().close()
+            while self._begun:
+                self._begun.popitem()[1].close()
 
     def _serve(self) -> None:
         while not self._closing:
@@ -247,13 +310,15 @@ class Listener:
 
     def _greet(self, raw: socket.socket, place: str) -> None:
         try:
-            connection = self._checked(raw)
+            tls, hello = self._checked(raw)
         except (StageError, OSError) as error:
             reason = str(error) or type(error).__name__
             log.warning("peer refused address=%s reason=%s", place, reason)
             self.refusals.append(Refusal(place, reason))
         else:
-            self._deliver(connection)
+            connection = self._whole(tls, hello)
+            if connection is not None:
+                self._deliver(connection)
         finally:
             self._handshakes.release()
 
@@ -268,8 +333,26 @@ class Listener:
         if self._closing:
             connection.close()
 
-    def _checked(self, raw: socket.socket) -> Connection:
-        """The connection of a peer whose key, name, run and epoch hold; raises otherwise."""
+    def _whole(self, tls: ssl.SSLSocket, hello: Hello) -> Connection | None:
+        """The data or control connection that this TLS connection completes, if it does."""
+        with self._changed:
+            place = hello.name, hello.purpose
+            begun = self._begun.setdefault(place, _Stream(hello.stream, hello.stripes))
+            if (begun.number, begun.stripes) != (hello.stream, hello.stripes):
+                begun.close()  # its dialer has given it up
+                begun = self._begun[place] = _Stream(hello.stream, hello.stripes)
+            if hello.stripe in begun.sockets:
+                begun.sockets[hello.stripe].close()
+            begun.sockets[hello.stripe] = tls
+            if len(begun.sockets) < begun.stripes:
+                return None
+            del self._begun[place]
+        incoming = RING_KINDS if hello.purpose == "data" else CONTROL_KINDS
+        sockets = [begun.sockets[stripe] for stripe in range(begun.stripes)]
+        return Connection(sockets, hello, hello.purpose, incoming)
+
+    def _checked(self, raw: socket.socket) -> tuple[ssl.SSLSocket, Hello]:
+        """The TLS connection of a peer whose key, name, run and epoch hold; raises otherwise."""
         deadline_s = time.monotonic() + self._handshake_s
         trust = self.trust
         raw.settimeout(self._handshake_s)
@@ -294,13 +377,13 @@ class Listener:
             _send_greeting(tls, self._welcome(own, hello).greeting())
             tls.settimeout(None)
             undo.pop_all()
-            incoming = RING_KINDS if hello.purpose == "data" else CONTROL_KINDS
-            return Connection(tls, hello, hello.purpose, incoming)
+            return tls, hello
 
     def _welcome(self, own: Hello, hello: Hello) -> Welcome:
         route = self._routes.get((hello.name, hello.purpose))
         last_frame = own.last_frame if route is None else route.last_frame()
-        return Welcome(**(own.model_dump() | {"last_frame": last_frame}))
+        stripe = {"stream": hello.stream, "stripe": hello.stripe, "stripes": hello.stripes}
+        return Welcome(**(own.model_dump() | stripe | {"last_frame": last_frame}))
 
 
 def _objection(own: Hello, proven: str, hello: Hello) -> Refused | None:

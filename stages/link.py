@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -39,6 +39,7 @@ from stages.frame import (
 from stages.identity import Identity, Member, pin
 from stages.link_meter import TcpState
 from stages.send_queue import Bell
+from stages.stripes import Stripes
 
 Purpose: TypeAlias = Literal["data", "control"]
 
@@ -52,6 +53,8 @@ _TCP_OPTIONS = (
     ("TCP_USER_TIMEOUT", SILENCE_MS),
 )
 
+BBR_STRIPES = 1  # more carry a little more under loss, but keep the queue before the wire full
+OTHER_STRIPES = 16
 BUFFER_BYTES = 16 * 2**20  # twice what is under way at 500 Mbit/s and a round trip of 130 ms
 _BUFFERS = (
     (socket.SO_SNDBUF, "core/wmem_max", "ipv4/tcp_wmem"),
@@ -119,10 +122,18 @@ class Counters:
 
 
 class Connection:
-    """One TLS connection to a peer whose name, run and epoch were checked; used by one thread."""
+    """
+    A TLS connection to a peer whose name, run and epoch were checked; used by one thread.
+
+    Of several TLS sockets it makes one stream of bytes; it breaks when any of them does.
+    """
 
     def __init__(
-        self, tls: ssl.SSLSocket, hello: Hello, purpose: Purpose, incoming: frozenset[Kind]
+        self,
+        sockets: Sequence[ssl.SSLSocket],
+        hello: Hello,
+        purpose: Purpose,
+        incoming: frozenset[Kind],
     ) -> None:
         self.peer = hello.name
         self.hello = hello
@@ -131,8 +142,10 @@ class Connection:
         self.counters = Counters()
         self.share = object()
         """Whose share of a mailbox its frames take: its own, or that of the first it replaces."""
-        self.congestion_control = _congestion_control(tls)
-        self._tls = tls
+        self.congestion_control = _congestion_control(sockets[0])
+        self.sockets = tuple(sockets)
+        self._tls = sockets[0]
+        self._stream = Stripes(sockets) if len(sockets) > 1 else sockets[0]
         self.run = run_number(hello.run)
         """The number under which frames of this run travel."""
         self._epoch = hello.epoch if purpose == "data" else None
@@ -173,7 +186,7 @@ class Connection:
 
     def tcp_state(self) -> TcpState:
         """What the system says of the connection; for the using thread."""
-        return TcpState.of(self._tls)
+        return TcpState.together([TcpState.of(tls) for tls in self.sockets])
 
     def succeed(self, broken: "Connection") -> None:
         """Take over the counters and the share of room of the connection that this one replaces."""
@@ -185,7 +198,7 @@ class Connection:
         with self._sole_use():
             started_s, worked_s = time.perf_counter(), time.thread_time()
             for piece in pieces(packet):
-                self._tls.sendall(piece)
+                self._stream.sendall(piece)
             waited_s = (time.perf_counter() - started_s) - (time.thread_time() - worked_s)
             self.counters.blocked_s += max(0.0, waited_s)
             self.note_sent(packet)
@@ -195,7 +208,7 @@ class Connection:
         with self._sole_use():
             frame = None
             while frame is None:
-                frame = self._advance(self._tls.recv_into(self._reader.buffer()))
+                frame = self._advance(self._stream.recv_into(self._reader.buffer()))
             return frame
 
     @contextlib.contextmanager
@@ -226,6 +239,8 @@ class Connection:
         with self._sole_use():
             if self.undelivered():
                 return True
+            if isinstance(self._stream, Stripes):
+                return self._stream.wait(bell, timeout_s)
             waiting = select.poll()  # unlike select, for descriptors of any number
             waiting.register(self._tls, select.POLLIN)
             waiting.register(bell, select.POLLIN)
@@ -234,7 +249,7 @@ class Connection:
 
     def undelivered(self) -> bool:
         """Whether TLS holds decrypted bytes that select does not see."""
-        return self._tls.pending() > 0
+        return self._stream.pending() > 0
 
     def note_sent(self, packet: Packet) -> None:
         """Count a frame that went out whole."""
@@ -251,9 +266,10 @@ class Connection:
     def refuse(self, packet: Packet) -> None:
         """Say a last frame, take no more, and end the connection once the peer could hear it."""
         with self._sole_use():
-            self._tls.sendall(bytes(packet))
+            self._stream.sendall(bytes(packet))
             self._closing = True
-            part(self._tls)
+            for tls in self.sockets:
+                part(tls)
 
     def finish(self) -> None:
         """Tell the peer that nothing more will be sent; it may still send."""
@@ -262,15 +278,17 @@ class Connection:
     def close(self) -> None:
         """End the connection at once, from any thread; what was sent still goes out."""
         self._closing = True
-        with contextlib.suppress(OSError):  # not connected any more: that was the aim
-            # The base class's shutdown: SSLSocket's own would touch the TLS object.
-            socket.socket.shutdown(self._tls, socket.SHUT_RDWR)
+        for tls in self.sockets:
+            with contextlib.suppress(OSError):  # not connected any more: that was the aim
+                # The base class's shutdown: SSLSocket's own would touch the TLS object.
+                socket.socket.shutdown(tls, socket.SHUT_RDWR)
         self._free()
 
     def _free(self) -> None:
         """Give the descriptor back, unless another thread is inside: then it does so itself."""
         if self._use.acquire(blocking=False):
-            self._tls.close()
+            for tls in self.sockets:
+                tls.close()
             self._use.release()
 
     @contextlib.contextmanager
@@ -337,6 +355,13 @@ def tune(raw: socket.socket) -> None:
     if hasattr(socket, "TCP_CONGESTION"):
         with contextlib.suppress(OSError):  # not allowed here: the report says what runs instead
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+
+def usual_stripes() -> int:
+    """How many TLS connections make a data connection here."""
+    with socket.socket() as raw:
+        tune(raw)
+        return BBR_STRIPES if _congestion_control(raw) == "bbr" else OTHER_STRIPES
 
 
 def kernel_limit(name: str) -> int:

@@ -12,6 +12,7 @@ faster than it is, for then a frame's own time cannot be told from the round tri
 import socket
 import struct
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -43,6 +44,17 @@ class TcpState:
             return cls()
         rtt_us, again, min_rtt_us, sent, rate = _TCP_INFO.unpack(told)
         return cls(rtt_us / 1e6, min_rtt_us / 1e6, sent, again, float(rate))
+
+    @classmethod
+    def together(cls, states: Sequence[Self]) -> Self:
+        """The state of connections that carry one stream."""
+        return cls(
+            sum(state.rtt_s for state in states) / len(states),
+            min(state.min_rtt_s for state in states),
+            sum(state.segments_sent for state in states),
+            sum(state.segments_sent_again for state in states),
+            sum(state.bytes_per_s for state in states),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,10 @@ def join(folder: Path) -> Iterator[Callable[..., Wire]]:
     closing: list[Callable[[], None]] = []
 
     def build(
-        patience_s: float = 5.0, capacity: int = 64, incarnations: tuple[int, ...] = (7, 7)
+        patience_s: float = 5.0,
+        capacity: int = 64,
+        incarnations: tuple[int, ...] = (7, 7),
+        stripes: int = 1,
     ) -> Wire:
         net = plan_in(folder)
         listening = iter([incarnations[0], *incarnations[1:], *([incarnations[-1]] * 999)])
@@ -61,7 +64,7 @@ def join(folder: Path) -> Iterator[Callable[..., Wire]]:
         listener = Listener(net.trust("b"), greeting, "127.0.0.1")
         relay = Relay(listener.address)
         downs: list[LinkDown] = []
-        redial = partial(dial_once, net.trust("a"), "b", relay.address, hello_of("a"), 5.0)
+        redial = partial(dial_once, net.trust("a"), "b", relay.address, hello_of("a"), 5.0, stripes)
         first: Connection = redial()
         outbox = Outbox(first, downs.append, 8, redial, patience_s)
         mailbox = Mailbox(capacity)
@@ -83,10 +86,11 @@ def send(outbox: Outbox, numbers: range, size: int = 20_000) -> None:
         outbox.put(step_packet(number, bytes(size)), timeout_s=10)
 
 
+@pytest.mark.parametrize("stripes", [1, 4])
 def test_every_frame_arrives_once_and_in_order_over_a_link_that_is_reset_again_and_again(
-    join: Callable[..., Wire],
+    join: Callable[..., Wire], stripes: int
 ) -> None:
-    wire = join()
+    wire = join(stripes=stripes)
     wire.relay.reset_after_bytes = 300_000  # in mid-frame, every fifteen frames or so
     wire.relay.reset()
     sending = threading.Thread(target=send, args=(wire.outbox, range(200)))

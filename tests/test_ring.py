@@ -192,7 +192,7 @@ def test_a_ring_whose_connections_are_cut_goes_on_as_if_nothing_was(tmp_path: Pa
                     connection = worker._outbox._connection
                     with contextlib.suppress(OSError):  # cut already, and not yet dialled again
                         # As a router between the two would: neither end has asked for it.
-                        socket.socket.shutdown(connection._tls, socket.SHUT_RDWR)
+                        socket.socket.shutdown(connection.sockets[0], socket.SHUT_RDWR)
                         cuts.append(connection.peer)
 
     cutter = threading.Thread(target=cut)
