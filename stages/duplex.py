@@ -279,12 +279,15 @@ class Duplex:
             self._take(frame)
         while self._arrived and self._mailbox.has_room(self.connection):
             frame = self._arrived.popleft()
-            self._mailbox.put(Arrival(self.connection, frame))
+            if frame.label.kind is Kind.HEARTBEAT:  # one that was sent as a message, to be the last
+                self.heard = Heartbeat.decode(frame)
+            else:
+                self._mailbox.put(Arrival(self.connection, frame))
             self.last_message = frame.label.frame
 
     def _take(self, frame: Frame) -> None:
         kind, number = frame.label.kind, frame.label.frame
-        if kind is Kind.HEARTBEAT:
+        if kind is Kind.HEARTBEAT and not number:
             self.heard = Heartbeat.decode(frame)
         elif kind is Kind.ACK:
             self._forget(Ack.decode(frame).frame)

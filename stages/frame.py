@@ -101,7 +101,7 @@ GREETING_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.REFUSED})
 PAYLOAD_KINDS = frozenset({Kind.STEP, Kind.SAMPLES})
 ACK_KINDS = frozenset({Kind.ACK, Kind.PROFILE_HELD})
 CONTROL_KINDS = (frozenset(Kind) - RING_KINDS - GREETING_KINDS - ACK_KINDS) | {Kind.ACK}
-_NUMBERLESS = GREETING_KINDS | {Kind.HEARTBEAT, Kind.BYE}
+_NUMBERLESS = GREETING_KINDS | {Kind.BYE}
 _BULKY = frozenset({Kind.STEP, Kind.SAMPLES, Kind.ROWS, Kind.ANSWERS})
 RAW = 0
 """Codec tag of a payload that is the array itself; any other tag is the codec's business."""

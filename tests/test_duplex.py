@@ -73,6 +73,18 @@ def test_heartbeats_carry_the_vitals_and_trouble_no_mailbox(net: Net) -> None:
     part(beating, hearing)
 
 
+def test_a_heartbeat_sent_as_the_last_message_arrives(net: Net) -> None:
+    near, far = net.pair("control")
+    mailbox = Mailbox()
+    a, b = Duplex(near, Mailbox(), lambda: Heartbeat(tokens=1)), Duplex(far, mailbox)
+    a.send(Heartbeat(tokens=42))
+    a.close()
+    mail = mailbox.get(5)
+    assert isinstance(mail, LinkDown) and isinstance(mail.error, PeerClosedError)
+    assert b.heard == Heartbeat(tokens=42)
+    b.close()
+
+
 def test_a_silent_peer_is_lost(net: Net) -> None:
     near, _silent = net.pair("control")
     mailbox = Mailbox()
