@@ -50,7 +50,29 @@ class _Aim:
 def solve_large(given: Problem, start: list[Found] | None = None) -> list[Found]:
     """Disjoint rings of a high total rate; never below `start`'s, where one is given."""
     tried = cells(given.work)
-    best = list(start or [])
+    best = max((_grown(given, tried), _with_the_rest(given, tried, start or [])), key=_rate)
+    best = [_best_cell(given, tried, ring) for ring in best]
+    for _ in range(REPAIRS):
+        before = _rate(best)
+        best = _regroup(given, tried, best)
+        if _rate(best) <= before * (1 + 1e-9):
+            break
+    return best
+
+
+def _with_the_rest(given: Problem, tried: tuple[Cell, ...], start: list[Found]) -> list[Found]:
+    """The start's rings, and rings grown from the nodes that they leave."""
+    used = {node for ring in start for node in ring.order}
+    rest = tuple(i for i in range(len(given.nodes)) if i not in used)
+    if not start or not rest:
+        return start
+    grown = _grown(among(given, rest), tried)
+    return [*start, *(replace(f, order=tuple(rest[i] for i in f.order)) for f in grown)]
+
+
+def _grown(given: Problem, tried: tuple[Cell, ...]) -> list[Found]:
+    """The best rings of all growths that are tried."""
+    best: list[Found] = []
     growths = max(LEAST_GROWTHS, GROWTH_WORK // len(given.nodes) ** 2)
     known: dict[Cell, CellCosts] = {}
     for aim in _aims(given, tried)[:growths]:
@@ -64,12 +86,6 @@ def solve_large(given: Problem, start: list[Found] | None = None) -> list[Found]
         rings = _grow_all(known[aim.cell], aim)
         if _rate(rings) > _rate(best):
             best = rings
-    best = [_best_cell(given, tried, ring) for ring in best]
-    for _ in range(REPAIRS):
-        before = _rate(best)
-        best = _regroup(given, tried, best)
-        if _rate(best) <= before * (1 + 1e-9):
-            break
     return best
 
 

@@ -13,7 +13,6 @@ from planner.infeasible import why_in_order, why_none
 from planner.large import solve_large
 from planner.lengths import longest_tokens
 from planner.plan import Plan
-from planner.priced_bound import priced_bound
 from planner.problem import (
     Problem,
     among,
@@ -23,6 +22,7 @@ from planner.problem import (
     pipeline_of,
     problem,
 )
+from planner.regions import certified
 from planner.ring import Found
 
 SAME = 0.005
@@ -42,11 +42,17 @@ def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
     given = problem(cluster, model, workload)
     tried = cells(workload)
     exact = len(given.nodes) <= EXACT_NODES
-    rings = solve_exactly(given, tried) if exact else solve_large(given)
+    if exact:
+        rings = solve_exactly(given, tried)
+        bound = sum(ring.rows_per_s for ring in rings)
+    else:
+        known = certified(given, tried)
+        rings, bound = (
+            solve_large(given, known.rings),
+            min(compute_bound(given, tried), known.bound),
+        )
     if not rings:
         raise why_none(given, tried)
-    rate = sum(ring.rows_per_s for ring in rings)
-    bound = rate if exact else min(compute_bound(given, tried), priced_bound(given, tried))
     settled = [_settled(given, tried, ring) for ring in rings]
     return plan_of(given, first_done(given, settled), bound)
 
