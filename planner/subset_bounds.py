@@ -23,10 +23,10 @@ from planner.problem import CellCosts, Problem
 
 Over = Callable[[Floats], Floats]
 
-TIMES = 48
+TIMES = 32
 """Seconds per row that are tried in each cell; a bound is at most one step of them too high."""
 NONE: Floats = np.zeros(0)
-PRICES = 6
+PRICES = 4
 """Prices of a layer that are tried: the nodes' own seconds per layer, spread evenly."""
 
 
