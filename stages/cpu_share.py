@@ -40,14 +40,14 @@ class CpuShare:
         self._busy_s = busy_s
         self._idle_s = idle_s
         self._now_s = now_s
-        self._thread_s = thread_s
+        self.thread_s = thread_s
         self._seen = (now_s(), idle_s(), busy_s())
         self._bytes = 0
         self._s_per_byte = 0.0
 
     def started(self) -> tuple[float, float]:
         """Now, for `cost_s`: by the wall, and of this thread's processor time."""
-        return self._now_s(), self._thread_s()
+        return self._now_s(), self.thread_s()
 
     def cost_s(self, started: tuple[float, float]) -> float:
         """What this thread has done since then has cost.
@@ -56,7 +56,7 @@ class CpuShare:
         waited for that work. Otherwise the time that has passed.
         """
         if self._s_per_byte:
-            return self._thread_s() - started[1]
+            return self.thread_s() - started[1]
         return self._now_s() - started[0]
 
     def s_per_byte(self, nbytes: int) -> float:

@@ -33,6 +33,11 @@ class _Sent:
     level: str
     nbytes: int
     """Before it was coded."""
+    coded_bytes: int
+    cost_s: float
+    """Of coding."""
+    thread_s: float
+    """The sending thread's processor time when it was coded."""
 
 
 class LinkEncoder:
@@ -60,6 +65,7 @@ class LinkEncoder:
         self._cpu = cpu or CpuShare()
         self._clock = clock
         self._sent: dict[int, _Sent] = {}
+        self._last: _Sent | None = None
         self._rows: list[StepFrame] = []
         """What the profile is to be learned from."""
         self._epoch = 0
@@ -110,6 +116,7 @@ class LinkEncoder:
         """The message as a packet: an activation is coded here, all else is one already."""
         if isinstance(message, Packet):
             return message
+        self._count_last()
         coded = self._coded(message)
         raw_bytes = message.payload.nbytes
         self.activation_bytes[LEVELS[coded.codec]] += raw_bytes
@@ -144,9 +151,17 @@ class LinkEncoder:
         level = self._chooser.choose(raw_bytes)
         started = self._cpu.started()
         coded = step if level == RAW else self._shrunk(step, level)
-        self._chooser.encoded(level, raw_bytes, coded.payload.nbytes, self._cpu.cost_s(started))
-        self._sent[step.step.frame] = _Sent(level, raw_bytes)
+        cost_s, thread_s = self._cpu.cost_s(started), self._cpu.thread_s()
+        self._last = _Sent(level, raw_bytes, coded.payload.nbytes, cost_s, thread_s)
+        self._sent[step.step.frame] = self._last
         return coded
+
+    def _count_last(self) -> None:
+        """Tell the chooser what the last frame cost: one thread codes and then sends it."""
+        last = self._last
+        if last is not None:
+            cost_s = last.cost_s + self._cpu.thread_s() - last.thread_s
+            self._chooser.encoded(last.level, last.nbytes, last.coded_bytes, cost_s)
 
     def _shrunk(self, step: StepFrame, level: str) -> StepFrame:
         """The frame coded, or as it is where that makes it no smaller."""
@@ -192,6 +207,8 @@ class LinkDecoder:
         self._came_s = 0.0
         self._decode_s = 0.0
         self._work_s = 0.0
+        self._thread_s: float | None = None
+        """The receiving thread's processor time when it last acknowledged a frame."""
 
     def reconnected(self) -> None:
         """A new connection brings its own profile."""
@@ -215,15 +232,18 @@ class LinkDecoder:
         if label.kind is not Kind.STEP:
             return frame
         raw_bytes = label.rows * label.columns * label.dtype.itemsize
+        started = self._cpu.started()
+        if self._thread_s is not None:  # one thread receives a frame and then decodes it
+            self._decode_s = started[1] - self._thread_s
         if label.codec != LEVELS.index(RAW):
-            started = self._cpu.started()
             frame = self._decoded(frame, raw_bytes)
-            self._decode_s = self._cpu.cost_s(started)
+            self._decode_s += self._cpu.cost_s(started)
         self._work_s = self._cpu.s_per_byte(raw_bytes) * raw_bytes
         return frame
 
     def acknowledgement(self, epoch: int, last_frame: int) -> Ack:
         """What to tell the sender of the frame that came last."""
+        self._thread_s = self._cpu.thread_s()
         seconds = (self._clock() - self._came_s, self._decode_s, self._work_s)
         return Ack(epoch, last_frame, *(round(1e6 * s) for s in seconds))
 

@@ -120,6 +120,7 @@ class Ack:
     held_us: int = 0
     """From the frame's last byte to this acknowledgement: not the link's doing."""
     decode_us: int = 0
+    """Of receiving and decoding it, without waiting for its bytes."""
     work_us: int = 0
     """The receiver's own work for such a frame, where decoding takes that work's CPU; else 0."""
 

@@ -145,7 +145,7 @@ def test_the_link_settles_on_the_level_that_its_speed_asks_for(
     mbit: int, level: str, start: str
 ) -> None:
     link = Modelled(mbit * 1e6 / 8)
-    cpu = CpuShare(now_s=link.clock)
+    cpu = CpuShare(now_s=link.clock, thread_s=lambda: 0.0)
     encoder = LinkEncoder(NUMBER, start=start, cpu=cpu, clock=link.clock)
     sent: list[str] = []
     for number in range(60):
