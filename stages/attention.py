@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,22 @@ at any number of threads (measured: at 1 to 3 positions a thread they differ).
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What a layer makes of the products of its queries and keys."""
+
+    scale: float
+    softcap: float | None = None
+    """Scores are bent to lie between minus this and this (Gemma 2)."""
+    sinks: Tensor | None = None
+    """[heads]: a score that takes part in each softmax and has no value (GPT-OSS)."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own attention can do it."""
+        return self.softcap is None and self.sinks is None
+
+
 class Attend(Protocol):
     """What an attention layer does with its queries, keys and values, each [1, heads, T, dim]."""
 
@@ -46,7 +62,7 @@ class Attend(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float,
+        scoring: Scoring,
         window: int | None,
     ) -> Tensor:
         """The layer's answer, [1, T, heads, value dim]."""
@@ -87,10 +103,11 @@ def attention_function(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    **flags: object,
+    **flags: Any,
 ) -> tuple[Tensor, None]:
     """Ours in transformers' attention interface; UnsupportedModelError for a flag we don't know."""
     name = type(module).__name__
+    softcap, sinks = flags.pop("softcap", None), flags.pop("s_aux", None)
     for flag, setting in flags.items():
         if flag not in HARMLESS and setting is not None and not _is_off(setting):
             raise UnsupportedModelError(f"{name}: attention argument {flag} is not supported")
@@ -102,7 +119,8 @@ def attention_function(
     assert isinstance(seat, Seat)
     assert isinstance(layer, int)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return seat.attend(layer, query, key, value, scale, sliding_window), None
+    scoring = Scoring(scale, softcap, sinks)
+    return seat.attend(layer, query, key, value, scoring, sliding_window), None
 
 
 AttentionInterface.register(ATTENTION, attention_function)
@@ -142,7 +160,7 @@ class StepAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float,
+        scoring: Scoring,
         window: int | None,
     ) -> Tensor:
         """See Attend; positions past the step's tokens are padding and get zeros."""
@@ -152,7 +170,7 @@ class StepAttention:
         pieces = self._pieces.get(window)
         if pieces is None:
             pieces = self._pieces[window] = list(self._cut(window))
-        answers = _answers(pieces, query, keys, values, scale)
+        answers = _answers(pieces, query, keys, values, scoring)
         padding = query.shape[2] - self._tokens
         if padding:
             answers.append(query.new_zeros(padding, query.shape[1], values.shape[-1]))
@@ -182,7 +200,7 @@ class Probe:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: float,
+        scoring: Scoring,
         window: int | None,
     ) -> Tensor:
         """See Attend; every position gets zeros."""
@@ -196,7 +214,7 @@ def rounded(tokens: int) -> int:
 
 
 def _answers(
-    pieces: list[Piece], query: Tensor, keys: Tensor, values: Tensor, scale: float
+    pieces: list[Piece], query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
 ) -> list[Tensor]:
     """Each piece's answer, [tokens, heads, value dim], in the order of the pieces."""
     heads, kv_heads, dim = query.shape[1], keys.shape[1], values.shape[-1]
@@ -206,16 +224,40 @@ def _answers(
     answers = []
     for piece in pieces:
         k, v = piece.rows.of(keys), piece.rows.of(values)
-        if piece.mask is None:
-            answer = F.scaled_dot_product_attention(singles[piece.first], k, v, scale=scale)
+        q = query[:, :, piece.first : piece.first + piece.tokens]
+        if not scoring.is_plain:
+            answers.append(_scored(q, k, v, piece.mask, scoring)[0].transpose(0, 1))
+        elif piece.mask is None:
+            answer = F.scaled_dot_product_attention(singles[piece.first], k, v, scale=scoring.scale)
             answers.append(answer.reshape(1, heads, dim))
         else:
-            q = query[:, :, piece.first : piece.first + piece.tokens]
             answer = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=piece.mask, scale=scale, enable_gqa=heads > kv_heads
+                q, k, v, attn_mask=piece.mask, scale=scoring.scale, enable_gqa=heads > kv_heads
             )
             answers.append(answer[0].transpose(0, 1))
     return answers
+
+
+def _scored(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """Attention [1, heads, T, value dim] by plain products, for scores that torch's has no words for.
+
+    The softmax is computed in float32, as the families that need this compute it.
+    """
+    kv_heads, tokens = key.shape[1], query.shape[2]
+    grouped = query.reshape(1, kv_heads, -1, tokens, query.shape[-1])
+    scores = grouped @ key[:, :, None].transpose(-1, -2) * scoring.scale
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if mask is not None:
+        scores = scores + mask
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.view(1, kv_heads, -1, 1, 1).expand(-1, -1, -1, tokens, 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]]
+    answer: Tensor = weights.to(query.dtype) @ value[:, :, None]
+    return answer.flatten(1, 2)
 
 
 def _chunks(span: Span) -> Iterator[tuple[int, int]]:

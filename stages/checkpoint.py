@@ -6,6 +6,7 @@ is read into is the shard's own.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -175,7 +176,19 @@ def require_whole(model: Model, checkpoint: Checkpoint) -> None:
     for shared, source in model.all_tied_weights_keys.items():
         if stored & {shared, source}:
             stored |= {shared, source}
-    _require_none(model.state_dict().keys() - stored, checkpoint)
+    missing = model.state_dict().keys() - stored
+    _require_none({*missing, *_made_of_too_few(wanted)}, checkpoint)
+
+
+def _made_of_too_few(wanted: dict[str, str]) -> Iterator[str]:
+    """Tensors that fewer stored ones become than the same tensor of another layer: of experts that
+    are stored apart, one is lost."""
+    parts = Counter(wanted.values())
+    most: dict[str, int] = {}
+    for target, count in parts.items():
+        kind = re.sub(r"\d+", "N", target)
+        most[kind] = max(count, most.get(kind, 0))
+    return (target for target, n in parts.items() if n < most[re.sub(r"\d+", "N", target)])
 
 
 def _require_none(missing: Iterable[str], checkpoint: Checkpoint) -> None:

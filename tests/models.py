@@ -41,6 +41,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"sliding_window": 24, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
     ),
+    "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 16}),
+    "phi3": ("phi3", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "sliding_window": 24}),
 }
 """Family to transformers' model type and what it needs beside SMALL."""
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>")

@@ -83,6 +83,16 @@ def test_any_ring_writes_the_tokens_of_one_process(
         assert_same(model, prompt, found[i].output_ids, theirs)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "mixtral", "qwen3_moe", "gpt_oss"])
+def test_other_families_write_the_tokens_of_one_process_too(name: str, tmp_path: Path) -> None:
+    model = write_random_model(tmp_path, name, seed=5)
+    prompts = prompts_of(16, longest=150)
+    rows = [row(i, ids, 8) for i, ids in enumerate(prompts)]
+    found = answers(tmp_path, rows, plan_of(LAYERS, 3), ring_settings(4, 3))
+    for i, prompt in enumerate(prompts):
+        assert_same(model, prompt, found[i].output_ids, generated(model, prompt, 8))
+
+
 def test_sampled_text_does_not_depend_on_the_ring(tmp_path: Path) -> None:
     write_random_model(tmp_path, "llama", seed=8)
     rows = [

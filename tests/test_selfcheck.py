@@ -41,6 +41,10 @@ def write_config(folder: Path, model_type: str, **flags: Any) -> Path:
         ("gemma3_text", {"final_logit_softcapping": 5.0}),
         ("phi3", {}),
         ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("gemma2", {}),
+        ("gemma2", {"attn_logit_softcapping": 2.0}),
+        ("gpt_oss", {}),
         ("granite", {"logits_scaling": 8.0, "residual_multiplier": 0.3}),
     ],
 )
@@ -56,8 +60,6 @@ def test_a_model_that_we_compute_as_transformers_does_passes_in_three_seconds(
 @pytest.mark.parametrize(
     ("model_type", "flags", "named"),
     [
-        ("gemma2", {}, "softcap"),
-        ("gpt_oss", {}, "s_aux"),
         ("mamba2", {}, "linear_attention"),
         ("falcon_h1", {}, "hybrid"),
         ("llama4_text", {}, "chunked_attention"),
