@@ -273,7 +273,7 @@ def test_a_step_without_samples_answers_no_logits(reference: Reference) -> None:
     "unknown", [{"position_bias": torch.zeros(1)}, {"temperature": 2.0}, {"rotary": "half"}]
 )
 def test_an_attention_argument_that_we_do_not_know_is_refused_by_name(
-    unknown: dict[str, object],
+    unknown: dict[str, Any],
 ) -> None:
     heads = torch.zeros(1, 2, 8, 4)
     with pytest.raises(UnsupportedModelError, match=next(iter(unknown))):
