@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from flows.measure import Measured
 from flows.model import ModelFolder
 from planner.facts import InfeasibleError, Lengths, Workload
 from planner.plan import Pipeline, Plan, StagePlan
+from planner.prefixes import SHARE_TOKENS, marks
 from planner.schedule import CHUNK_TOKENS
 from planner.solve import solve_in_order
 from stages.codec import INT8
@@ -27,9 +29,10 @@ KV_SHARE = 0.8
 
 def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolder) -> Workload:
     """What is to do, from a sample of the rows; outputs are assumed to run to their limits,
-    which the context may set."""
+    which the context may set. Of beginnings that rows share, a sample sees the frequent ones."""
     prompts: list[int] = []
     outputs: list[int] = []
+    units: Counter[int] = Counter()
     for row in sample:
         try:
             ids = model.encode(row)
@@ -37,10 +40,13 @@ def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolde
             continue  # it will be its row's error; a length it has none
         room = model.context_tokens - len(ids)
         prompts.append(len(ids))
+        units.update(marks(ids))
         asked = row.sampling.get("max_new_tokens", job.sampling.max_new_tokens)
         quota = int(asked) if isinstance(asked, int | float) else Sampling().max_new_tokens
         outputs.append(min(max(0, quota), room))
-    return Workload(rows, _lengths(prompts), _lengths(outputs))
+    repeated = SHARE_TOKENS * (units.total() - len(units))
+    shared = repeated / sum(prompts) if prompts else 0.0
+    return Workload(rows, _lengths(prompts), _lengths(outputs), shared_prefix_fraction=shared)
 
 
 def _lengths(counts: list[int]) -> Lengths:

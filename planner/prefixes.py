@@ -5,14 +5,30 @@ of everything up to its end, so equal marks mean equal keys and values. Numbers 
 the marks, and a stage never learns that two tables name one block.
 """
 
+from array import array
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from planner.blocks import BlockPool
 
 SHARE_TOKENS = 32
 """Positions in a unit. Attention on the CPU cuts queries into 32s (measured: a prompt whose first
 32, 64 or 96 positions are left out gets the same bits in float32; at 8 and 16 it does not)."""
+
+
+def marks(ids: Sequence[int]) -> tuple[int, ...]:
+    """A digest of everything up to the end of each leading unit of a prompt.
+
+    Two tokens at least are left to the row itself: a last position that is computed alone, as a
+    decode is, may get other bits than one that is computed beside others.
+    """
+    digest = blake2b(digest_size=16)
+    found: list[int] = []
+    for end in range(SHARE_TOKENS, len(ids) - 1, SHARE_TOKENS):
+        digest.update(array("q", ids[end - SHARE_TOKENS : end]).tobytes())
+        found.append(int.from_bytes(digest.digest(), "big"))
+    return tuple(found)
 
 
 @dataclass(slots=True)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from planner.prefixes import SHARE_TOKENS
+from planner.prefixes import marks
 from planner.schedule import Ring, RingShape, Step
 from stages.control import Answer, LeasedRow, StepFailed
 from stages.errors import ProtocolError
@@ -141,17 +140,3 @@ class Head:
         if step is None or step.frame != frame:
             raise ProtocolError(f"frame {frame} came back for slot {slot}, which waits for {step}")
         return step
-
-
-def marks(ids: list[int]) -> tuple[int, ...]:
-    """A digest of everything up to the end of each leading unit of a prompt.
-
-    Two tokens at least are left to the row itself: a last position that is computed alone, as a
-    decode is, may get other bits than one that is computed beside others.
-    """
-    digest = xxhash.xxh3_128()
-    found: list[int] = []
-    for end in range(SHARE_TOKENS, len(ids) - 1, SHARE_TOKENS):
-        digest.update(np.array(ids[end - SHARE_TOKENS : end], np.int64).tobytes())
-        found.append(digest.intdigest())
-    return tuple(found)

@@ -47,6 +47,15 @@ def test_a_prompt_that_will_be_its_rows_error_counts_for_nothing(
     assert work.prompt_tokens.mean == 10
 
 
+def test_beginnings_that_rows_share_are_planned_to_be_computed_once(
+    job: Job, model: ModelFolder
+) -> None:
+    prompts = ["i" * 70 + str(n) * 20 for n in range(4)]
+    work = workload(4, [asking(prompt) for prompt in prompts], job, model)
+    assert work.shared_prefix_fraction == 3 * 64 / (4 * 90)
+    assert workload(1, [asking("one alone")], job, model).shared_prefix_fraction == 0
+
+
 def test_a_ring_of_one_row_holds_the_whole_context() -> None:
     node = Node(name="n", flop_per_s=1e9, memory_bytes=1e9, memory_bytes_per_s=1e9)
     shape = ModelShape(

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.prefixes import SHARE_TOKENS
+from planner.prefixes import SHARE_TOKENS, marks
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
-from stages.head import marks
 from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, row
 
