@@ -15,7 +15,6 @@ from planner.layer_times import head_s, step_layer_s
 from planner.leases import Pace
 from planner.plan import Pipeline
 from planner.problem import Problem, cell_of, judged, pass_s
-from planner.rows import Row
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
 
 BLOCK_TOKENS = 16
@@ -29,25 +28,19 @@ CONTEXT_GRAIN = 32
 class Flight:
     """A row in flight; its line counts its tokens."""
 
-    row: Row
-    since_s: float
-    """When it came, or was leased if it never waited to be."""
+    number: int
+    prompt_tokens: int
+    """What must be prefilled: after a change, with the tokens that were made before."""
+    left: int
+    """Tokens still to make."""
     limit: int
     """Tokens that its KV blocks are granted for."""
-    made: int = 0
-    again: int = 0
-    """Of its prompt, the tokens that an earlier pipeline had made: they are prefilled again."""
+    since_s: float
+    """When it came, or was leased if it never waited to be."""
+    context: int = 0
+    """Tokens that its next step attends to."""
     first_s: float = float("nan")
     """When its first token was back."""
-
-    @property
-    def left(self) -> int:
-        """Tokens still to make."""
-        return self.row.output_tokens - self.again - self.made
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.row.prompt_tokens + self.again
 
 
 @dataclass(slots=True)
@@ -116,10 +109,11 @@ class Line:
         """All that the report shows: stages and links."""
         return [*self.stages, *(hop.wire for hop in self.hops)]
 
-    def take(self, number: int, flight: Flight) -> None:
+    def take(self, flight: Flight) -> None:
         """Queue a row in the ring."""
-        self.ring.enqueue(number, flight.prompt_tokens, flight.limit)
-        self.flights[number] = flight
+        flight.context = flight.prompt_tokens - 1
+        self.ring.enqueue(flight.number, flight.prompt_tokens, flight.limit)
+        self.flights[flight.number] = flight
 
     def send(self, at_s: float) -> Step | None:
         """Send the next step round the ring; it is back when the head has its samples."""
@@ -141,39 +135,44 @@ class Line:
         heappush(self.returns, (at_s, step.frame, step))
         return step
 
-    def take_back(self, now_s: float) -> list[tuple[float, int, Flight]]:
-        """Everything that is back by now; gives the rows that ended: (when, number, row)."""
-        ended: list[tuple[float, int, Flight]] = []
+    def take_back(self, now_s: float) -> list[tuple[float, Flight]]:
+        """Everything that is back by now; gives the rows that ended, and when."""
+        ended: list[tuple[float, Flight]] = []
+        flights = self.flights
         while self.returns and self.returns[0][0] <= now_s:
             at_s, _, step = heappop(self.returns)
             done = []
             for span in step.spans:
                 if span.samples:
-                    flight = self.flights[span.sequence]
-                    if flight.made == 0 and flight.again == 0:
+                    flight = flights[span.sequence]
+                    if flight.first_s != flight.first_s:  # not a number yet
                         flight.first_s = at_s
-                    flight.made += min(self._commits(span.tokens), flight.left)
-                    if flight.left == 0:
+                    made = 1
+                    if self._accepted and span.tokens == 1:
+                        made = min(1 + self._accepted.held(), flight.left)
+                    flight.left -= made
+                    flight.context += made
+                    if not flight.left:
                         done.append(span.sequence)
             self.ring.returned(step.slot, done)
-            ended.extend((at_s, number, self.flights.pop(number)) for number in done)
+            ended.extend((at_s, flights.pop(number)) for number in done)
         return ended
 
-    def _commits(self, span_tokens: int) -> int:
-        """Tokens that a sampling span yields: one, and the drafts before the first refused one."""
-        if not self._accepted or span_tokens > 1:
-            return 1
-        return 1 + self._accepted.held()
+    def give_up(self) -> list[Flight]:
+        """The rows that it held, to be prefilled elsewhere with what they have made so far."""
+        for flight in self.flights.values():
+            flight.prompt_tokens = flight.context + 1
+        return list(self.flights.values())
 
     def _shape(self, step: Step) -> tuple[int, int, int, int]:
         """(decoding rows, their mean context, prefill tokens, sampled rows)."""
         decodes = total = prefills = samples = 0
+        flights = self.flights
         for span in step.spans:
             samples += span.samples
             if span.tokens == 1 and span.samples:
                 decodes += 1
-                flight = self.flights[span.sequence]
-                total += flight.prompt_tokens + flight.made - 1
+                total += flights[span.sequence].context
             else:
                 prefills += span.tokens
         context = -(-total // (decodes * CONTEXT_GRAIN)) * CONTEXT_GRAIN if decodes else 0

@@ -29,10 +29,22 @@ ROWS_IN_FLIGHT = (4, 8, 16, 32, 64, 128)
 """Limits under which the solver is asked again: fewer rows in flight, quicker rounds."""
 REHEARSED_ROWS = 1_000
 """Rows of a sample at most: beyond, start and tail no longer decide."""
-FINALISTS = 3
-"""Candidates that are rehearsed on all samples, and improved."""
-TRIALS = 40
+HOPELESS = 0.03
+"""A plan that is so far behind after the first sample is not played to the end."""
+TRIALS = 30
 """Changes of one setting that are rehearsed, in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A plan and when it ends each sample."""
+
+    plan: Plan
+    ends_s: tuple[float, ...]
+
+    @property
+    def mean_s(self) -> float:
+        return sum(self.ends_s) / len(self.ends_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +54,15 @@ class _Stage:
     given: Problem
     samples: tuple[tuple[Row, ...], ...]
 
-    def finish_s(self, plan: Plan, samples: int) -> float:
-        """Mean time to finish over the first so many samples."""
-        runs = [
-            simulate(plan, self.given.cluster, self.given.model, self.given.work, rows=rows)
-            for rows in self.samples[:samples]
-        ]
-        return sum(run.finish_s for run in runs) / len(runs)
+    def play(self, plan: Plan, beat: _Run | None = None) -> _Run | None:
+        """The plan on all samples; None as soon as it is far behind the one to beat."""
+        ends: list[float] = []
+        for i, rows in enumerate(self.samples):
+            given = self.given
+            ends.append(simulate(plan, given.cluster, given.model, given.work, rows=rows).finish_s)
+            if beat and sum(ends) > sum(beat.ends_s[: i + 1]) * (1.0 + HOPELESS / (i + 1)):
+                return None
+        return _Run(plan, tuple(ends))
 
 
 def rehearsed(
@@ -60,11 +74,14 @@ def rehearsed(
         InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
     """
     stage = _Stage(problem(cluster, model, workload), tuple(tuple(rows) for rows in samples))
+    best: _Run | None = None
     plans = candidates(cluster, model, workload)
-    first = sorted(plans, key=lambda plan: stage.finish_s(plan, 1))[:FINALISTS]
-    ends = {i: stage.finish_s(plan, len(samples)) for i, plan in enumerate(first)}
-    best = min(ends, key=lambda i: ends[i])
-    plan = _improved(stage, first[best], ends[best])
+    for plan in plans:
+        run = stage.play(plan, best)
+        if run and (best is None or run.mean_s < best.mean_s):
+            best = run
+    assert best is not None, "the first candidate has nobody to be behind"
+    plan = _improved(stage, best).plan
     return replace(plan, bound_tokens_per_s=max(plans[0].bound_tokens_per_s, plan.tokens_per_s))
 
 
@@ -97,53 +114,57 @@ def _with_rows_in_flight(
         yield plan_of(problem(cluster, model, workload), rings, 0.0)
 
 
-def _improved(stage: _Stage, plan: Plan, finish_s: float) -> Plan:
+def _improved(stage: _Stage, best: _Run) -> _Run:
     """Hill climbing: one pipeline's setting at a time, as long as the rehearsal ends sooner."""
-    left, improving = TRIALS, True
-    while improving and left > 0:
-        improving = False
-        for other in _variants(stage.given, plan):
-            left -= 1
-            ends_s = stage.finish_s(other, len(stage.samples))
-            if ends_s < finish_s:
-                plan, finish_s, improving = other, ends_s, True
-                break
-            if left <= 0:
-                break
-    return plan
+    left, move, since = TRIALS, 0, 0
+    while left > 0 and since < len(best.plan.pipelines) * len(_MOVES):
+        pipeline, step = divmod(move % (len(best.plan.pipelines) * len(_MOVES)), len(_MOVES))
+        other = _moved(stage.given, best.plan, pipeline, _MOVES[step])
+        move, since = move + 1, since + 1
+        if other is None:
+            continue
+        left -= 1
+        run = stage.play(other, best)
+        if run and run.mean_s < best.mean_s:
+            # The same step again may help again.
+            best, move, since = run, move - 1, 0
+    return best
 
 
-def _variants(given: Problem, plan: Plan) -> Iterator[Plan]:
-    """The plan with one pipeline in a neighbouring cell, or without its slowest pipeline."""
+def _moved(given: Problem, plan: Plan, pipeline: int, step: tuple[int, int]) -> Plan | None:
+    """The plan with one pipeline in a neighbouring cell, its layers split anew; None if it cannot."""
     rings = [
-        Found(cell_of(pipeline), order_of(given, pipeline), judged(given, pipeline))
-        for pipeline in plan.pipelines
+        Found(cell_of(ring), order_of(given, ring), judged(given, ring)) for ring in plan.pipelines
     ]
-    tried = cells(given.work)
-    for i, ring in enumerate(rings):
-        own, place = among(given, ring.order), tuple(range(len(ring.order)))
-        for cell in _neighbours(tried, ring.cell):
-            split = best_split(cell_costs(own, cell).ring(place))
-            if split is not None:
-                yield plan_of(
-                    given, [*rings[:i], Found(cell, ring.order, split), *rings[i + 1 :]], 0.0
-                )
-    if len(rings) > 1:
-        yield plan_of(given, rings[:-1], 0.0)
+    ring = rings[pipeline]
+    cell = _neighbour(cells(given.work), ring.cell, step)
+    if cell is None:
+        return None
+    own, place = among(given, ring.order), tuple(range(len(ring.order)))
+    split = best_split(cell_costs(own, cell).ring(place))
+    if split is None:
+        return None
+    rings[pipeline] = Found(cell, ring.order, split)
+    return plan_of(given, rings, 0.0)
 
 
-def _neighbours(tried: tuple[Cell, ...], cell: Cell) -> list[Cell]:
-    """Cells with one setting a step smaller or larger."""
-    batches = sorted({c.micro_batch_rows for c in tried if c.in_flight == cell.in_flight})
-    depths = sorted({c.in_flight for c in tried if c.micro_batch_rows == cell.micro_batch_rows})
-    near = [
-        replace(cell, micro_batch_rows=rows) for rows in _beside(batches, cell.micro_batch_rows)
-    ]
-    return near + [replace(cell, in_flight=slots) for slots in _beside(depths, cell.in_flight)]
+_MOVES = ((1, 0), (-1, 0), (0, -1), (0, 1))
+"""Steps along the grid: micro-batch rows, and micro-batches in flight."""
 
 
-def _beside(values: list[int], value: int) -> list[int]:
-    """The next smaller and the next larger of rising values."""
-    smaller = [v for v in values if v < value][-1:]
-    larger = [v for v in values if v > value][:1]
-    return larger + smaller
+def _neighbour(tried: tuple[Cell, ...], cell: Cell, step: tuple[int, int]) -> Cell | None:
+    """The cell one setting larger or smaller on the grid, if there is one."""
+    rows, slots = step
+    if rows:
+        batches = [c.micro_batch_rows for c in tried if c.in_flight == cell.in_flight]
+        batch = _beside(batches, cell.micro_batch_rows, rows)
+        return replace(cell, micro_batch_rows=batch) if batch else None
+    depths = [c.in_flight for c in tried if c.micro_batch_rows == cell.micro_batch_rows]
+    depth = _beside(depths, cell.in_flight, slots)
+    return replace(cell, in_flight=depth) if depth else None
+
+
+def _beside(values: list[int], value: int, step: int) -> int | None:
+    """The next larger or smaller of some values."""
+    larger = [v for v in values if (v - value) * step > 0]
+    return min(larger, key=lambda v: abs(v - value), default=None)

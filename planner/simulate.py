@@ -5,6 +5,7 @@ are given rows as they come. Nodes may leave and join on the way: the run is the
 rows of pipelines that are gone prefill again elsewhere.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -110,7 +111,7 @@ class _Run:
     tracing: bool
     lines: dict[int, Line] = field(default_factory=dict)
     gone: list[Line] = field(default_factory=list)
-    waiting: deque[tuple[int, Flight]] = field(default_factory=deque)
+    waiting: deque[Flight] = field(default_factory=deque)
     returning: dict[int, Flight] = field(default_factory=dict)
     """Rows of pipelines that are gone, until that is noticed."""
     desk: Desk = field(init=False)
@@ -157,6 +158,10 @@ class _Run:
             trace=tuple(self.events),
         )
 
+    def _flight(self, number: int, since_s: float) -> Flight:
+        row = self.rows[number]
+        return Flight(number, row.prompt_tokens, row.output_tokens, self._limit(row), since_s)
+
     def _limit(self, row: Row) -> int:
         """Tokens that a row's blocks are granted for: nobody knows its true length before."""
         output = max(row.output_tokens, int(self.given.work.output_tokens.p95))
@@ -171,7 +176,7 @@ class _Run:
             if row.arrives_s > 0 or self.policy == "ws-rr":
                 self.clock.append((row.arrives_s, _ARRIVAL, number))
             else:
-                self.waiting.append((number, Flight(row, float("nan"), self._limit(row))))
+                self.waiting.append(self._flight(number, float("nan")))
         self.clock.extend((c.at_s, _CHANGE, i) for i, c in enumerate(self.changes))
         self.clock.sort()
 
@@ -225,13 +230,13 @@ class _Run:
         """A row that came, or came back: to the pipeline that ends it first, or to who takes it."""
         flight = self.returning.pop(number, None)
         if flight is None:
-            flight = Flight(self.rows[number], now, self._limit(self.rows[number]))
+            flight = self._flight(number, now)
         if self.policy == "ws-rr" and self.lines:
             line = self.lines[self.desk.least_wait_and_service(list(self.lines))]
-            self._give(line, number, flight, now)
+            self._give(line, flight, now)
             self._wake(line, max(now, line.starts_s))
             return
-        self.waiting.append((number, flight))
+        self.waiting.append(flight)
         for line in self.lines.values():
             if line.wakes_s == float("inf") and self.desk.room(line.number) > 0:
                 self._wake(line, now)
@@ -243,21 +248,21 @@ class _Run:
                 line.number, len(self.waiting)
             ):
                 return
-            self._give(line, *self.waiting.popleft(), now)
+            self._give(line, self.waiting.popleft(), now)
 
-    def _give(self, line: Line, number: int, flight: Flight, now: float) -> None:
-        if np.isnan(flight.since_s):
+    def _give(self, line: Line, flight: Flight, now: float) -> None:
+        if math.isnan(flight.since_s):
             flight.since_s = now
-        line.take(number, flight)
+        line.take(flight)
         self.desk.held[line.number] += 1
-        self._note(now, line, "lease", number)
+        self._note(now, line, "lease", flight.number)
 
     def _take_back(self, line: Line, now: float) -> None:
-        for at_s, number, flight in line.take_back(now):
+        for at_s, flight in line.take_back(now):
             self.desk.held[line.number] -= 1
             self.latencies.append(at_s - flight.since_s)
             self.firsts.append(flight.first_s - flight.since_s)
-            self._note(at_s, line, "end", number)
+            self._note(at_s, line, "end", flight.number)
             self.end_s = max(self.end_s, at_s)
 
     def _change(self, change: NodesChange, now: float) -> None:
@@ -283,11 +288,11 @@ class _Run:
                 back.extend(self._change_to(after.plan, noticed_s + after.load_s, now))
         self.replans += 1
         self.rows_again += len(back)
-        for number, flight in back:
-            self.returning[number] = flight
-            heappush(self.clock, (noticed_s, _ARRIVAL, number))
+        for flight in back:
+            self.returning[flight.number] = flight
+            heappush(self.clock, (noticed_s, _ARRIVAL, flight.number))
 
-    def _change_to(self, plan: Plan, starts_s: float, now: float) -> list[tuple[int, Flight]]:
+    def _change_to(self, plan: Plan, starts_s: float, now: float) -> list[Flight]:
         """Close what the new plan has no more and open what it has new; gives the rows closed off."""
         dropped = [n for n, line in self.lines.items() if line.pipeline not in plan.pipelines]
         back = [row for number in dropped for row in self._close(number, now)]
@@ -298,15 +303,13 @@ class _Run:
         self.plan = plan
         return back
 
-    def _close(self, number: int, now: float) -> list[tuple[int, Flight]]:
+    def _close(self, number: int, now: float) -> list[Flight]:
         """Take a pipeline out of the run; its rows come back with what they have made as prompt."""
         line = self.lines.pop(number)
         self.gone.append(line)
         self.desk.leave(number)
         self._note(now, line, "close", number)
-        for flight in line.flights.values():
-            flight.again, flight.made = flight.again + flight.made, 0
-        return list(line.flights.items())
+        return line.give_up()
 
     def _note(self, at_s: float, line: Line, what: str, number: int) -> None:
         if self.tracing:
