@@ -62,6 +62,8 @@ class Desk:
         rate = sum(1.0 / self.paces[n].row_s for n in others)
         room = sum(self.room(n) for n in others)
         soonest_s = min(self.paces[n].service_s(self.tokens) for n in others)
+        if not rate:  # none of the others moves
+            return True
         wait_s = max(waiting - room, 0) / rate
         return self.paces[number].service_s(self.tokens) <= wait_s + soonest_s
 

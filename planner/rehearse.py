@@ -29,6 +29,8 @@ ROWS_IN_FLIGHT = (4, 8, 16, 32, 64, 128)
 """Limits under which the solver is asked again: fewer rows in flight, quicker rounds."""
 REHEARSED_ROWS = 1_000
 """Rows of a sample at most: beyond, start and tail no longer decide."""
+MANY_NODES = 100
+"""Above, the solver is asked once: each plan takes seconds."""
 HOPELESS = 0.03
 """A plan that is so far behind after the first sample is not played to the end."""
 TRIALS = 30
@@ -89,7 +91,7 @@ def candidates(cluster: Cluster, model: ModelShape, workload: Workload) -> list[
     """The solver's plan first, then the others worth a rehearsal."""
     plans = [solve(cluster, model, workload)]
     for rows in ROWS_IN_FLIGHT:
-        if rows < workload.rows:
+        if rows < workload.rows and len(cluster.nodes) <= MANY_NODES:
             plans.extend(_with_rows_in_flight(cluster, model, workload, rows))
     for method in QUICK_METHODS:
         try:
