@@ -10,10 +10,11 @@ from heapq import heappop, heappush
 import numpy as np
 
 from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, tokens_per_round
-from planner.facts import CodecRate
+from planner.facts import CodecRate, Workload
 from planner.layer_times import head_s, step_layer_s
 from planner.leases import Pace
 from planner.plan import Pipeline
+from planner.prefixes import SHARE_TOKENS
 from planner.problem import Problem, cell_of, judged, pass_s
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
 
@@ -95,8 +96,11 @@ class Line:
         self.pace = _pace(given, pipeline)
         self.returns: list[tuple[float, int, Step]] = []
         self.flights: dict[int, Flight] = {}
+        """By sequence: the ring wants them numbered as they come."""
+        self._sequences = 0
         self.wakes_s = float("inf")
         """When it must be looked at again; infinite while nothing can happen."""
+        self._prefix = _prefix(given.work)
         self._accepted = _acceptance(given, pipeline, number)
         self._takes: dict[tuple[int, int, int, int], tuple[float, ...]] = {}
 
@@ -111,14 +115,18 @@ class Line:
 
     def take(self, flight: Flight) -> None:
         """Queue a row in the ring."""
+        sequence, self._sequences = self._sequences, self._sequences + 1
         flight.context = flight.prompt_tokens - 1
-        self.ring.enqueue(flight.number, flight.prompt_tokens, flight.limit)
-        self.flights[flight.number] = flight
+        marks = self._prefix[: flight.context // SHARE_TOKENS]
+        self.ring.enqueue(sequence, flight.prompt_tokens, flight.limit, marks)
+        self.flights[sequence] = flight
 
     def send(self, at_s: float) -> Step | None:
         """Send the next step round the ring; it is back when the head has its samples."""
         # With every slot in flight there is nothing to look for.
         step = self.ring.next_step() if len(self.returns) < self.ring.shape.slots else None
+        for sequence in self.ring.take_preempted():
+            self.take(self._resumed(sequence))
         if step is None:
             return None
         model, width = self.given.model, self.pipeline.draft_len + 1
@@ -155,14 +163,18 @@ class Line:
                     if not flight.left:
                         done.append(span.sequence)
             self.ring.returned(step.slot, done)
-            ended.extend((at_s, flights.pop(number)) for number in done)
+            ended.extend((at_s, flights.pop(sequence)) for sequence in done)
         return ended
 
     def give_up(self) -> list[Flight]:
         """The rows that it held, to be prefilled elsewhere with what they have made so far."""
-        for flight in self.flights.values():
-            flight.prompt_tokens = flight.context + 1
-        return list(self.flights.values())
+        return [self._resumed(sequence) for sequence in list(self.flights)]
+
+    def _resumed(self, sequence: int) -> Flight:
+        """A sequence taken out, its tokens so far as the prompt that it comes again with."""
+        flight = self.flights.pop(sequence)
+        flight.prompt_tokens = flight.context + 1
+        return flight
 
     def _shape(self, step: Step) -> tuple[int, int, int, int]:
         """(decoding rows, their mean context, prefill tokens, sampled rows)."""
@@ -176,9 +188,7 @@ class Line:
             else:
                 prefills += span.tokens
         context = -(-total // (decodes * CONTEXT_GRAIN)) * CONTEXT_GRAIN if decodes else 0
-        # A prefix that rows share is computed once for all; its first time weighs nothing.
-        own = round(prefills * (1.0 - self.given.work.shared_prefix_fraction))
-        return decodes, context, own, samples
+        return decodes, context, prefills, samples
 
     def _stage_times(
         self, decodes: int, context: int, prefills: int, samples: int
@@ -222,6 +232,12 @@ class _Acceptance:
 def _acceptance(given: Problem, pipeline: Pipeline, number: int) -> _Acceptance | None:
     chances = given.work.acceptance[: pipeline.draft_len]
     return _Acceptance(chances, number) if chances else None
+
+
+def _prefix(work: Workload) -> tuple[int, ...]:
+    """Marks of the beginning that all prompts share, in the ring's units."""
+    shared = work.prompt_tokens.mean * work.shared_prefix_fraction
+    return tuple(range(int(shared) // SHARE_TOKENS))
 
 
 def _hops(given: Problem, pipeline: Pipeline) -> list[_Hop]:

@@ -174,6 +174,24 @@ def test_mean_tokens_of_a_round_are_those_of_the_cost_model() -> None:
     assert len(per_row) * 8 / 400 == pytest.approx(rounds + 1, rel=0.1)
 
 
+def test_beginning_that_all_prompts_share_is_computed_once() -> None:
+    facts = cluster(1)
+    work = replace(WORK, rows=64, prompt_tokens=Lengths(400, 400))
+    shared = replace(work, shared_prefix_fraction=0.8)
+    alone, together = (simulate(one_node_plan(8, 2), facts, MODEL, w) for w in (work, shared))
+    assert together.finish_s < 0.6 * alone.finish_s
+    assert together.output_tokens == alone.output_tokens
+
+
+def test_rows_that_outgrow_the_memory_make_way_and_are_answered_all_the_same() -> None:
+    # Memory is planned for the 95 % length; many rows here are longer than any that ended before.
+    rows = [Row(60, 8)] * 100 + [Row(50, 200)] * 40
+    work = replace(WORK, prompt_tokens=Lengths(60, 60), output_tokens=Lengths(32, 40))
+    run = simulate(one_node_plan(8, 2), cluster(1), MODEL, work, rows=rows, trace=True)
+    assert sorted(e.number for e in run.trace if e.what == "end") == list(range(140))
+    assert run.output_tokens == 100 * 8 + 40 * 200
+
+
 def test_rows_of_a_node_that_leaves_are_answered_by_the_others() -> None:
     facts, work = cluster(1, 2, 1, 3), replace(WORK, rows=600)
     plan = solve(facts, MODEL, work)
