@@ -40,6 +40,7 @@ from stages.control import (
 )
 from stages.duplex import Duplex
 from stages.errors import LinkError, LinkTimeoutError, StageError
+from stages.greeting import Address as Place
 from stages.greeting import Listener
 from stages.identity import Identity, Member, make_identity
 from stages.link import Trust
@@ -106,10 +107,20 @@ class Fleet:
     """
 
     def __init__(
-        self, plan: Plan, settings: StageSettings, start: Callable[[str, str], object] = stage
+        self,
+        plan: Plan,
+        settings: StageSettings,
+        start: Callable[[str, str], object] = stage,
+        reached_at: Callable[[str, Place], Place] = lambda _member, place: place,
     ) -> None:
-        """`start(member, spec_path)` lives as long as that stage does, in a thread of its own."""
+        """
+        `start(member, spec_path)` lives as long as that stage does, in a thread of its own.
+
+        `reached_at(member, place)` is where others dial to reach the place at which a member listens:
+        another one where a port is forwarded.
+        """
         self._settings = settings
+        self._reached_at = reached_at
         self._start = start
         self._pipelines = [tuple(s.node for s in p.stages) for p in plan.pipelines]
         self._scratch = Scratch("run")  # it holds keys
@@ -208,7 +219,8 @@ class Fleet:
         )
 
     def _spec(self, station: _Station) -> StageSpec:
-        settings, (host, port) = self._settings, self._listener.address
+        settings = self._settings
+        host, port = self._reached_at(DRIVER, self._listener.address)
         pipeline = self._pipelines[station.pipeline]
         known = [self._identity, *(self._stations[name].identity for name in pipeline)]
         return StageSpec(
@@ -248,10 +260,11 @@ class Fleet:
             station = self._stations[connection.peer]
             station.link = Duplex(connection, self._mailbox, listener=self._listener)
             hello = connection.hello
+            host, port = self._reached_at(station.member, (hello.host, hello.port))
             return Peer(
                 name=station.member,
-                host=hello.host,
-                port=hello.port,
+                host=host,
+                port=port,
                 certificate=station.identity.certificate_pem,
             )
         missing = [s.member for s in self._stations.values() if s.link is None]

@@ -134,14 +134,23 @@ def answer(row: int, text: str) -> Answer:
     )
 
 
+def opened() -> threading.Event:
+    gate = threading.Event()
+    gate.set()
+    return gate
+
+
 class Relay:
     """A stretch of wire between a dialer and a listener, that can be cut, held and reset."""
 
     def __init__(self, target: tuple[str, int]) -> None:
         self.target = target
-        self.open = threading.Event()
-        self.open.set()
+        self.open = opened()
+        self.there, self.back = opened(), opened()
+        """Each way alone: from the dialer, and to it."""
         self.reset_after_bytes = 2**62
+        self.carried = bytearray()
+        """What the newest connection's dialer has sent, or the first of it."""
         self._gates: list[threading.Event] = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._ends: list[socket.socket] = []
@@ -163,12 +172,10 @@ class Relay:
     def hold(self) -> None:
         """Let today's connections carry nothing more, and tell neither end."""
         self.open.clear()
-        self.open = threading.Event()
-        self.open.set()
+        self.open = opened()
 
     def close(self) -> None:
-        self.open.set()
-        for gate in self._gates:
+        for gate in (self.open, self.there, self.back, *self._gates):
             gate.set()
         self._listening.shutdown(socket.SHUT_RDWR)
         self.reset()
@@ -189,16 +196,26 @@ class Relay:
                     near.close()
                     continue
                 self._ends.append(far)
-                for pair in ((near, far), (far, near)):
-                    self._threads.append(threading.Thread(target=self._carry, args=pair))
+                self.carried = bytearray()
+                for way in ((near, far, self.there, self.carried), (far, near, self.back, None)):
+                    self._threads.append(threading.Thread(target=self._carry, args=way))
                     self._threads[-1].start()
 
-    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+    def _carry(
+        self,
+        source: socket.socket,
+        target: socket.socket,
+        way: threading.Event,
+        carried: bytearray | None,
+    ) -> None:
         left, gate = self.reset_after_bytes, self.open
         self._gates.append(gate)
         with contextlib.suppress(OSError):
             while left > 0 and (piece := source.recv(min(left, 4096))):
                 gate.wait()
+                way.wait()
+                if carried is not None and len(carried) < 2**17:
+                    carried += piece
                 target.sendall(piece)
                 left -= len(piece)
         for end in (source, target):
