@@ -44,6 +44,8 @@ from stages.stripes import Stripes
 Purpose: TypeAlias = Literal["data", "control"]
 
 RECORD_BYTES = 16 * 2**10  # the most that TLS seals at once
+BULKY_BYTES = 2 * RECORD_BYTES  # what a receiver awaits as a whole rather than as it comes
+BULK_BYTES, BULK_MS = 2**17, 20.0  # the most that it awaits at once, and for how long
 SILENCE_MS = 60_000  # unacknowledged bytes end a connection after this; heartbeats judge sooner
 _TCP_OPTIONS = (
     ("TCP_NODELAY", 1),
@@ -150,6 +152,8 @@ class Connection:
         """The number under which frames of this run travel."""
         self._epoch = hello.epoch if purpose == "data" else None
         self._reader = FrameReader(incoming)
+        self._incoming = select.poll()
+        self._incoming.register(self._tls, select.POLLIN)
         self._use = threading.Lock()
         self._closing = False
 
@@ -208,8 +212,22 @@ class Connection:
         with self._sole_use():
             frame = None
             while frame is None:
+                self._await_bulk()
                 frame = self._advance(self._stream.recv_into(self._reader.buffer()))
             return frame
+
+    def _await_bulk(self) -> None:
+        """
+        Sleep until much of a large frame lies ready: waking for every packet costs more than TLS.
+
+        On a slower wire the time limit ends it, and what has come is read.
+        """
+        missing = min(len(self._reader.buffer()), BULK_BYTES)
+        if missing < BULKY_BYTES or self._stream is not self._tls or self._tls.pending():
+            return
+        self._tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
+        self._incoming.poll(BULK_MS)
+        self._tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     @contextlib.contextmanager
     def unblocked(self) -> Iterator[None]:
@@ -321,8 +339,12 @@ class Connection:
 
 
 def pieces(packet: Packet) -> Iterator[bytes | memoryview]:
-    """A frame's bytes in as few TLS records as can be, without copying more than one of them."""
-    first = max(0, RECORD_BYTES - len(packet.head))
+    """
+    A frame's bytes in as few TLS records as can be, without copying more than one of them.
+
+    A large frame's head is a record by itself, so that the receiver soon knows how much will come.
+    """
+    first = max(0, RECORD_BYTES - len(packet.head)) if len(packet.payload) < BULKY_BYTES else 0
     yield b"".join((packet.head, packet.payload[:first]))
     if len(packet.payload) > first:
         yield packet.payload[first:]
