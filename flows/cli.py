@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.batch import run_batch
+from flows.doctor import examine
 from flows.embedded import control_plane
 from flows.errors import JobError, RunError
 from flows.imagine import OURS, REHEARSED, Course, job_workload, read_what_if, write_trace
@@ -254,6 +255,21 @@ def verify(job: JobName, store: Store = "store", as_json: AsJson = False) -> Non
         lines = found.problems() or [f"{found.rows:,} rows, each with one result; all parts whole"]
         sys.stdout.write("\n".join(lines) + "\n")
     raise typer.Exit(DONE if found.complete else FAILED)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what of this host makes links slow or runs fail, and what to do about it."""
+    findings = examine()
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            sys.stdout.write(f"{finding.verdict:8}{finding.name}: {finding.found}\n")
+            if finding.advice:
+                sys.stdout.write(f"{'':8}  {finding.advice}\n")
+    wrong = any(finding.verdict == "problem" for finding in findings)
+    raise typer.Exit(FAILED if wrong else DONE)
 
 
 def _require_lasting(store: str) -> None:

@@ -41,7 +41,7 @@ from stages.frame import (
     RunMismatchError,
     run_number,
 )
-from stages.link import Connection, Purpose, Trust, link_error, part, tune, usual_stripes
+from stages.link import Connection, Purpose, Trust, link_error, link_habits, part, tune
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def dial_once(
     """One attempt of `dial`: raises LinkError at once where nobody listens."""
     deadline_s = time.monotonic() + timeout_s
     if stripes is None:
-        stripes = usual_stripes() if hello.purpose == "data" else 1
+        stripes = link_habits().stripes if hello.purpose == "data" else 1
     stream = {"stream": secrets.randbits(64) if stripes > 1 else 0, "stripes": stripes}
     hellos = [hello.model_copy(update=stream | {"stripe": stripe}) for stripe in range(stripes)]
     with ThreadPoolExecutor(stripes) as pool, contextlib.ExitStack() as undo:

@@ -379,11 +379,27 @@ def tune(raw: socket.socket) -> None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
 
 
-def usual_stripes() -> int:
-    """How many TLS connections make a data connection here."""
+@dataclass(frozen=True, slots=True)
+class LinkHabits:
+    """What data connections get on this host."""
+
+    congestion_control: str
+    stripes: int
+    send_bytes: int
+    """The most that one TLS connection can hold."""
+    receive_bytes: int
+
+
+def link_habits() -> LinkHabits:
+    """What a socket here is given, and how many make a data connection."""
     with socket.socket() as raw:
         tune(raw)
-        return BBR_STRIPES if _congestion_control(raw) == "bbr" else OTHER_STRIPES
+        control = _congestion_control(raw)
+        room = [
+            max(raw.getsockopt(socket.SOL_SOCKET, option), kernel_limit(tuned_limit))
+            for option, _, tuned_limit in _BUFFERS
+        ]
+    return LinkHabits(control, BBR_STRIPES if control == "bbr" else OTHER_STRIPES, *room)
 
 
 def kernel_limit(name: str) -> int:

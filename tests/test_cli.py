@@ -33,7 +33,7 @@ def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
     return run
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "status", "query", "verify"])
+@pytest.mark.parametrize("command", ["run", "plan", "status", "query", "verify", "doctor"])
 def test_every_command_explains_itself(command: str, run: Run) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0
