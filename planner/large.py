@@ -33,6 +33,8 @@ SMALL = 24
 GROUP_NODES_OF_LARGE = 8
 GROUP_SUBSETS = 2**12
 """Subsets that all groups together may have: what bounds the time that repairs take."""
+PROMISING = 16
+"""Cells that a group is solved in beside those of its rings and their neighbours."""
 REPAIRS = 3
 """Times that all groups are gone through, while that helps."""
 
@@ -247,14 +249,23 @@ def _regroup(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> lis
         if len(nodes) < 2 or len(nodes) > most or left < 2 ** len(nodes):
             continue
         left -= 2 ** len(nodes)
+        own = among(given, nodes)
         near = {rings[i].cell for i in group}
         near.update(cell for i in group for cell in _neighbours(tried, rings[i].cell))
-        again = solve_exactly(among(given, nodes), tuple(sorted(near, key=lambda c: c.rows)))
+        if len(given.nodes) <= SMALL:
+            near.update(_promising(own, tried))
+        again = solve_exactly(own, tuple(sorted(near, key=lambda c: c.rows)))
         if _rate(again) > _rate([rings[i] for i in group]) * (1 + 1e-9):
             kept = [ring for i, ring in enumerate(rings) if i not in group]
             moved = [replace(f, order=tuple(nodes[i] for i in f.order)) for f in again]
             rings = [*moved, *kept]
     return rings
+
+
+def _promising(given: Problem, tried: tuple[Cell, ...]) -> list[Cell]:
+    """The cells in which these nodes alone promise most."""
+    cells_by_promise = dict.fromkeys(aim.cell for aim in _aims(given, tried))
+    return list(cells_by_promise)[:PROMISING]
 
 
 def _group(given: Problem, rings: list[Found], seed: int) -> tuple[set[int], tuple[int, ...]]:
