@@ -12,11 +12,11 @@ import numpy as np
 
 from planner.chain import best_split
 from planner.cost import Bools, Cell, Floats, Ints, Role, forward_link, stage_table
-from planner.exact import solve_exactly
+from planner.exact import EXACT_NODES, solve_exactly
 from planner.grid import cells
 from planner.network import Network, codec_options
 from planner.problem import CellCosts, Problem, among, cell_costs
-from planner.ring import Found
+from planner.ring import Found, solve_ring
 
 TARGETS = 40
 """Seconds per row that are tried in each cell, from its fastest stage to its slowest."""
@@ -33,8 +33,6 @@ SMALL = 24
 GROUP_NODES_OF_LARGE = 8
 GROUP_SUBSETS = 2**12
 """Subsets that all groups together may have: what bounds the time that repairs take."""
-PROMISING = 16
-"""Cells that a group is solved in beside those of its rings and their neighbours."""
 REPAIRS = 3
 """Times that all groups are gone through, while that helps."""
 
@@ -53,7 +51,7 @@ def solve_large(given: Problem, start: list[Found] | None = None) -> list[Found]
     """Disjoint rings of a high total rate; never below `start`'s, where one is given."""
     tried = cells(given.work)
     best = max((_grown(given, tried), _with_the_rest(given, tried, start or [])), key=_rate)
-    best = [_best_cell(given, tried, ring) for ring in best]
+    best = [_reordered(given, _best_cell(given, tried, ring)) for ring in best]
     for _ in range(REPAIRS):
         before = _rate(best)
         best = _regroup(given, tried, best)
@@ -226,6 +224,15 @@ def _best_cell(given: Problem, tried: tuple[Cell, ...], ring: Found) -> Found:
     return ring
 
 
+def _reordered(given: Problem, ring: Found) -> Found:
+    """The ring in the best order of its nodes, where they are few enough to know it."""
+    if not 2 < len(ring.order) <= EXACT_NODES:
+        return ring
+    own, place = among(given, ring.order), tuple(range(len(ring.order)))
+    found = solve_ring(cell_costs(own, ring.cell), place, 0.0, ring.split.row_s)
+    return replace(found, order=tuple(ring.order[i] for i in found.order)) if found else ring
+
+
 def _neighbours(tried: tuple[Cell, ...], cell: Cell) -> list[Cell]:
     """Cells one step away in each setting."""
     found: list[Cell] = []
@@ -249,12 +256,7 @@ def _regroup(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> lis
         if len(nodes) < 2 or len(nodes) > most or left < 2 ** len(nodes):
             continue
         left -= 2 ** len(nodes)
-        own = among(given, nodes)
-        near = {rings[i].cell for i in group}
-        near.update(cell for i in group for cell in _neighbours(tried, rings[i].cell))
-        if len(given.nodes) <= SMALL:
-            near.update(_promising(own, tried))
-        again = solve_exactly(own, tuple(sorted(near, key=lambda c: c.rows)))
+        again = solve_exactly(among(given, nodes), _cells_for(given, tried, rings, group))
         if _rate(again) > _rate([rings[i] for i in group]) * (1 + 1e-9):
             kept = [ring for i, ring in enumerate(rings) if i not in group]
             moved = [replace(f, order=tuple(nodes[i] for i in f.order)) for f in again]
@@ -262,10 +264,15 @@ def _regroup(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> lis
     return rings
 
 
-def _promising(given: Problem, tried: tuple[Cell, ...]) -> list[Cell]:
-    """The cells in which these nodes alone promise most."""
-    cells_by_promise = dict.fromkeys(aim.cell for aim in _aims(given, tried))
-    return list(cells_by_promise)[:PROMISING]
+def _cells_for(
+    given: Problem, tried: tuple[Cell, ...], rings: list[Found], group: set[int]
+) -> tuple[Cell, ...]:
+    """Cells in which a group is solved again: in large clusters its rings' own and those beside."""
+    if len(given.nodes) <= SMALL:
+        return tried
+    near = {rings[i].cell for i in group}
+    near.update(cell for i in group for cell in _neighbours(tried, rings[i].cell))
+    return tuple(sorted(near, key=lambda c: c.rows))
 
 
 def _group(given: Problem, rings: list[Found], seed: int) -> tuple[set[int], tuple[int, ...]]:

@@ -36,10 +36,12 @@ MOST_WORK = 30_000
 """Nodes times layers above which the bound takes too long to be worth it."""
 SPAN = 200.0
 """The rates that subsets are looked at for lie within this factor."""
+CLOSE_TIMES = 300
+"""Seconds per row that are tried for a subset that is looked at closely."""
 LEAST_GAP = 1.5
 """How much slower than the links within groups those between them must be."""
-RATIO = 1.06
-"""Ratio of the rates that subsets are tried at: a bound is at most so much too high."""
+RATIOS = {13: 1.03, MOST_NODES: 1.06}
+"""Ratio of the rates that subsets are tried at, by the most nodes: bounds are so much too high."""
 MOST_SPARE = 4
 """Nodes that a region may have beyond those."""
 PRICES = 3
@@ -192,8 +194,9 @@ def _fast_rates(
     middle = stages[0]
     if not np.isfinite(middle).any():
         return None
-    steps = np.log(1.0 / (slow * fastest_row_s(middle))) / np.log(RATIO)
-    times = RATIO ** np.arange(-np.ceil(max(steps, 0.0)), 1.0) / slow
+    ratio = next(ratio for nodes, ratio in RATIOS.items() if len(middle) - spare <= nodes)
+    steps = np.log(1.0 / (slow * fastest_row_s(middle))) / np.log(ratio)
+    times = ratio ** np.arange(-np.ceil(max(steps, 0.0)), 1.0) / slow
     # Who cannot send on can only stand last, or alone.
     hop_s = np.where(np.isfinite(hop_s), hop_s, 0.0)
     held = held_within(middle, times).sum(axis=1) >= middle.shape[1]
@@ -313,7 +316,7 @@ def _whole_row_s(costs: CellCosts, members: tuple[int, ...], spare: tuple[int, .
     hop_s = np.where(np.isfinite(hop_s), hop_s, 0.0)
     own, beside = hop_s[: len(members)], hop_s[len(members) :]
     ring_s = np.array([own.sum() - hop_s.max()])
-    times = row_times(middle, last)
+    times = row_times(middle, last, CLOSE_TIMES)
     return float(least_row_s(costs.cell, (middle, last), times, ring_s, MEMBERS, beside)[0])
 
 

@@ -83,11 +83,11 @@ def most_over_subsets(values: Floats) -> Floats:
     return most
 
 
-def row_times(middle: Floats, last: Floats) -> Floats:
+def row_times(middle: Floats, last: Floats, count: int = TIMES) -> Floats:
     """Seconds per row from less than any ring of these nodes to more than any stage takes."""
     finite = np.concatenate([middle[np.isfinite(middle)], last[np.isfinite(last)]])
     fastest = fastest_row_s(middle)
-    return np.append(np.geomspace(fastest * 0.999, finite.max() * 1.001, TIMES), np.inf)
+    return np.append(np.geomspace(fastest * 0.999, finite.max() * 1.001, count), np.inf)
 
 
 def fastest_row_s(middle: Floats) -> float:

@@ -11,6 +11,8 @@ from planner.cost import (
     PARKED_KV,
     STREAM_BUFFERS,
     Cell,
+    Floats,
+    Ints,
     Role,
     decode_rounds,
     kv_layer_bytes,
@@ -25,53 +27,55 @@ from planner.layer_times import decode_layer_s, head_s, prefill_layer_s
 Tables = dict[tuple[str, Role, Cell], list[float]]
 
 
-def stage_busy_s(
-    node: Node,
-    model: ModelShape,
-    work: Workload,
-    cell: Cell,
-    role: Role,
-    layers: int,
-    offload: tuple[int, float],
+def best_stage_s(
+    node: Node, model: ModelShape, work: Workload, cell: Cell, role: Role, layers: int
 ) -> float:
-    """Seconds per row of one stage with a given offload; infinite if it does not fit."""
-    streamed, parked = offload
-    kv = kv_layer_bytes(model, work, cell.rows)
-    resident = layers - streamed + min(streamed, STREAM_BUFFERS)
-    device = resident * model.layer_bytes + layers * (1 - parked) * kv
-    device += workspace_bytes(model, cell) + role_bytes(model, role)
-    host = streamed * model.layer_bytes + layers * parked * kv
-    if device > node.memory_bytes or host > node.host_bytes:
-        return math.inf
-    if parked and (1 - parked) * cell.in_flight < STREAM_BUFFERS:
-        return math.inf
-    if (streamed or parked) and node.host_to_device_bytes_per_s <= 0:
-        return math.inf
+    """Seconds per row of one stage with the best of all offload choices, each one tried."""
     b, width, rounds = (
         cell.micro_batch_rows,
         cell.draft_len + 1,
         decode_rounds(work, cell.draft_len),
     )
-    weights = streamed * model.layer_bytes
-    fetched = parked * layers * b * mean_context(work) * model.kv_bytes_per_token_layer
-    to_device = node.host_to_device_bytes_per_s
-    stream_s = (weights + fetched) / to_device if weights + fetched else 0.0
     mean_prompt = work.prompt_tokens.mean
     prefill = layers * prefill_layer_s(node, model, b * prefill_tokens(work), mean_prompt)
     decode = layers * decode_layer_s(node, model, b, mean_context(work), width)
-    life = max(prefill, weights / to_device if weights else 0.0) + rounds * max(decode, stream_s)
-    life += (1 + rounds) * node.step_s
+    beside = (1 + rounds) * node.step_s
     if Role.LAST in role:
-        life += head_s(node, model, b) + rounds * head_s(node, model, b * width)
-    return life / b
+        beside += head_s(node, model, b) + rounds * head_s(node, model, b * width)
+    kv = kv_layer_bytes(model, work, cell.rows)
+    fixed = workspace_bytes(model, cell) + role_bytes(model, role)
+    best = math.inf
+    for streamed, parked in itertools.product(range(layers + 1), PARKED_KV):
+        if not _fits(node, model, cell, (layers, streamed, parked), kv, fixed):
+            continue
+        weights = streamed * model.layer_bytes
+        fetched = parked * layers * b * mean_context(work) * model.kv_bytes_per_token_layer
+        to_device = node.host_to_device_bytes_per_s
+        stream_s = (weights + fetched) / to_device if weights + fetched else 0.0
+        life = max(prefill, weights / to_device if weights else 0.0)
+        life += rounds * max(decode, stream_s) + beside
+        best = min(best, life / b)
+    return best
 
 
-def best_stage_s(
-    node: Node, model: ModelShape, work: Workload, cell: Cell, role: Role, layers: int
-) -> float:
-    """The same with the best of all offload choices, each one tried."""
-    choices = itertools.product(range(layers + 1), PARKED_KV)
-    return min(stage_busy_s(node, model, work, cell, role, layers, c) for c in choices)
+def _fits(
+    node: Node,
+    model: ModelShape,
+    cell: Cell,
+    choice: tuple[int, int, float],
+    kv: float,
+    fixed: float,
+) -> bool:
+    """Whether (layers, streamed ones, parked fraction of KV) fits in device and host memory."""
+    layers, streamed, parked = choice
+    resident = layers - streamed + min(streamed, STREAM_BUFFERS)
+    device = resident * model.layer_bytes + layers * (1 - parked) * kv + fixed
+    host = streamed * model.layer_bytes + layers * parked * kv
+    if device > node.memory_bytes or host > node.host_bytes:
+        return False
+    if parked and (1 - parked) * cell.in_flight < STREAM_BUFFERS:
+        return False
+    return not (streamed or parked) or node.host_to_device_bytes_per_s > 0
 
 
 def link_costs(
@@ -123,60 +127,80 @@ def splits(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
         yield tuple(b - a for a, b in itertools.pairwise(ends))
 
 
-def ring_row_s(
-    cluster: Cluster,
-    model: ModelShape,
-    work: Workload,
-    cell: Cell,
-    order: tuple[Node, ...],
-    known: Tables | None = None,
-) -> float:
-    """Least seconds per row of a ring in this order: all splits, offloads and codecs tried.
-
-    `known` keeps the stages' tables between calls for one problem.
-    """
-    n = len(order)
-    tables = np.array(_table(order, model, work, cell, {} if known is None else known))
-    chosen = np.array(list(splits(model.layers, n)), np.int64).reshape(-1, n)
-    if not len(chosen):
-        return math.inf
-    busy = tables[np.arange(n)[None, :], chosen - 1]
-    longest_stage, stages_s = busy.max(axis=1), busy.sum(axis=1)
-    best = math.inf
-    for codecs in itertools.product(*_ring_links(cluster, model, work, cell, order)):
-        longest = np.maximum(longest_stage, max((c[0] for c in codecs), default=0.0))
-        life = cell.micro_batch_rows * stages_s + sum(c[1] for c in codecs)
-        best = min(best, float(np.maximum(longest, life / cell.rows).min()))
-    return best
-
-
-def _ring_links(
-    cluster: Cluster, model: ModelShape, work: Workload, cell: Cell, order: tuple[Node, ...]
-) -> list[list[tuple[float, float]]]:
-    if len(order) == 1:
-        return []
-    links = [
-        link_costs(cluster.link(a.name, b.name), (a, b), model, work, cell)
-        for a, b in itertools.pairwise(order)
-    ]
-    a, b = order[-1], order[0]
-    return [*links, [return_cost(cluster.link(a.name, b.name), (a, b), work, cell)]]
+def ring_row_s(cluster: Cluster, model: ModelShape, work: Workload, cell: Cell) -> float:
+    """Least seconds per row of a ring through all nodes in their order."""
+    order = np.arange(len(cluster.nodes))[None, :]
+    return float(_rings_row_s(cluster, model, work, cell, order, {})[0])
 
 
 def best_rate(
     cluster: Cluster, model: ModelShape, work: Workload, tried: tuple[Cell, ...]
 ) -> float:
     """The greatest total rate of disjoint rings: all subsets, orders, splits and combinations."""
-    nodes = cluster.nodes
+    names = [node.name for node in cluster.nodes]
     rate: dict[frozenset[str], float] = {}
     known: Tables = {}
-    for size in range(1, len(nodes) + 1):
-        for order in itertools.permutations(nodes, size):
-            key = frozenset(node.name for node in order)
-            for cell in tried:
-                row_s = ring_row_s(cluster, model, work, cell, order, known)
-                rate[key] = max(rate.get(key, 0.0), 1.0 / row_s)
-    return _best_partition(frozenset(node.name for node in nodes), rate)
+    for size in range(1, len(names) + 1):
+        orders = np.array(list(itertools.permutations(range(len(names)), size)))
+        row_s = np.full(len(orders), np.inf)
+        for cell in tried:
+            row_s = np.minimum(row_s, _rings_row_s(cluster, model, work, cell, orders, known))
+        for order, seconds in zip(orders, row_s, strict=True):
+            key = frozenset(names[i] for i in order)
+            rate[key] = max(rate.get(key, 0.0), 1.0 / float(seconds))
+    return _best_partition(frozenset(names), rate)
+
+
+def _rings_row_s(
+    cluster: Cluster,
+    model: ModelShape,
+    work: Workload,
+    cell: Cell,
+    orders: Ints,
+    known: Tables,
+) -> Floats:
+    """Least seconds per row of a ring in each order: all splits, offloads and codecs tried.
+
+    `orders` has shape (orders, nodes); `known` keeps the stages' tables between calls.
+    """
+    n = orders.shape[1]
+    chosen = np.array(list(splits(model.layers, n)), np.int64).reshape(-1, n)
+    if not len(chosen):
+        return np.full(len(orders), np.inf)
+    longest, total = np.zeros((2, len(orders), len(chosen)))
+    for place in range(n):
+        table = np.array(_tables(cluster.nodes, model, work, cell, (place, n), known))
+        busy = table[orders[:, place]][:, chosen[:, place] - 1]
+        longest, total = np.maximum(longest, busy), total + busy
+    best = np.full(len(orders), np.inf)
+    links = _all_links(cluster, model, work, cell)
+    returns = len(links[0]) - 1
+    choices = [range(returns)] * (n - 1) + [range(returns, returns + 1)] * (n > 1)
+    for codecs in itertools.product(*choices):
+        slowest, hops = np.zeros((2, len(orders)))
+        for place, codec in enumerate(codecs):
+            a, b = orders[:, place], orders[:, (place + 1) % n]
+            occupied, hop = links[0][codec][a, b], links[1][codec][a, b]
+            slowest, hops = np.maximum(slowest, occupied), hops + hop
+        life = cell.micro_batch_rows * total + hops[:, None]
+        row_s = np.maximum(np.maximum(longest, slowest[:, None]), life / cell.rows)
+        best = np.minimum(best, row_s.min(axis=1))
+    return best
+
+
+def _all_links(
+    cluster: Cluster, model: ModelShape, work: Workload, cell: Cell
+) -> tuple[list[Floats], list[Floats]]:
+    """(occupied, hop) of every pair of nodes, by codec and at last for the return."""
+    nodes = cluster.nodes
+    kinds = 2 + len(work.codec)
+    occupied, hop = np.full((2, kinds, len(nodes), len(nodes)), np.inf)
+    for (i, a), (j, b) in itertools.permutations(enumerate(nodes), 2):
+        link = cluster.link(a.name, b.name)
+        forward = link_costs(link, (a, b), model, work, cell)
+        for kind, cost in enumerate([*forward, return_cost(link, (a, b), work, cell)]):
+            occupied[kind, i, j], hop[kind, i, j] = cost
+    return list(occupied), list(hop)
 
 
 def _best_partition(left: frozenset[str], rate: dict[frozenset[str], float]) -> float:
@@ -192,20 +216,25 @@ def _best_partition(left: frozenset[str], rate: dict[frozenset[str], float]) -> 
     return best
 
 
-def _table(
-    order: tuple[Node, ...], model: ModelShape, work: Workload, cell: Cell, known: Tables
+def _tables(
+    nodes: tuple[Node, ...],
+    model: ModelShape,
+    work: Workload,
+    cell: Cell,
+    place: tuple[int, int],
+    known: Tables,
 ) -> list[list[float]]:
-    tables = []
-    for place, node in enumerate(order):
-        role = Role.FIRST if place == 0 else Role.MIDDLE
-        if place == len(order) - 1:
-            role |= Role.LAST
-        key = (node.name, role, cell)
-        if key not in known:
+    """Each node's seconds per row of 1..layers layers, as this stage of so many."""
+    stage, stages = place
+    role = Role.FIRST if stage == 0 else Role.MIDDLE
+    if stage == stages - 1:
+        role |= Role.LAST
+    for node in nodes:
+        if (node.name, role, cell) not in known:
             counts = range(1, model.layers + 1)
-            known[key] = [best_stage_s(node, model, work, cell, role, k) for k in counts]
-        tables.append(known[key])
-    return tables
+            busy = [best_stage_s(node, model, work, cell, role, k) for k in counts]
+            known[node.name, role, cell] = busy
+    return [known[node.name, role, cell] for node in nodes]
 
 
 def random_case(seed: int, nodes: int, layers: int) -> tuple[Cluster, ModelShape, Workload]:

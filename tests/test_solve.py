@@ -32,10 +32,9 @@ def exact_rate(
     return sum(ring.rows_per_s for ring in rings)
 
 
-# 300 problems, most of them small: a case of six nodes takes the oracle twenty seconds.
 @pytest.mark.parametrize(
     ("first", "count", "nodes", "layers"),
-    [(0, 90, 2, 12), (1000, 130, 3, 9), (2000, 66, 4, 7), (3000, 13, 5, 7), (4000, 1, 6, 8)],
+    [(0, 60, 2, 12), (1000, 110, 3, 12), (2000, 80, 4, 12), (3000, 42, 5, 12), (4000, 8, 6, 12)],
 )
 def test_plan_is_as_fast_as_exhaustive_search(
     first: int, count: int, nodes: int, layers: int
@@ -48,7 +47,7 @@ def test_plan_is_as_fast_as_exhaustive_search(
         found = sum(ring.rows_per_s for ring in rings)
         assert found == pytest.approx(best_rate(cluster, model, work, grid), rel=1e-9), seed
         combined += len(rings) > 1
-    assert nodes > 5 or combined, "no case had several pipelines"
+    assert combined, "no case had several pipelines"
 
 
 @settings(max_examples=20, deadline=None)

@@ -37,7 +37,7 @@ def three(*speeds: float) -> Cluster:
 def test_ring_in_order_is_as_fast_as_exhaustive_search(seed: int) -> None:
     cluster, model, work = random_case(seed, nodes=1 + seed % 4, layers=7)
     for cell in (Cell(1, 1), Cell(4, 3), Cell(16, 8)):
-        best = ring_row_s(cluster, model, work, cell, cluster.nodes)
+        best = ring_row_s(cluster, model, work, cell)
         try:
             plan = solve_in_order(
                 cluster, model, work,
