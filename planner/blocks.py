@@ -36,9 +36,9 @@ class BlockPool:
 
     def give_back(self, blocks: tuple[int, ...]) -> None:
         """Return blocks that `take` gave; neighbours grow together again."""
-        for block in blocks:
-            insort(self._runs, (block, 1))
-            i = bisect_left(self._runs, (block, 1))
+        for run in _runs(blocks):
+            insort(self._runs, run)
+            i = bisect_left(self._runs, run)
             self._merge(i)
             if i:
                 self._merge(i - 1)
@@ -50,3 +50,14 @@ class BlockPool:
             assert start + length <= after, "a block was given back twice"
             if start + length == after:
                 self._runs[i : i + 2] = [(start, length + more)]
+
+
+def _runs(blocks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The same numbers as runs of neighbours: (first, how many)."""
+    runs: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][0] + runs[-1][1] == block:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((block, 1))
+    return runs

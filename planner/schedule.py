@@ -286,6 +286,7 @@ class Ring:
         and the blocks that some of them need beyond what was expected."""
         spans: list[Span] = []
         grants: list[Grant] = []
+        planned: set[int] = set()
         budget = self.shape.step_tokens
         for number in sorted(slot.sequences, key=self._decodes_first):
             if number not in self._sequences:
@@ -293,12 +294,13 @@ class Ring:
             span = _span(number, self._sequences[number], budget)
             if span is None:
                 continue
-            added = self._make_room(number, span.start + span.tokens, {s.sequence for s in spans})
+            added = self._make_room(number, span.start + span.tokens, planned)
             if added is None:
                 continue
             if added:
                 grants.append(Grant(number, added))
             spans.append(span)
+            planned.add(number)
             budget -= span.tokens
             self._compute(span)
         return spans, grants
