@@ -10,6 +10,7 @@ from planner.explain import basis_lines, binding_words
 from planner.facts import Cluster, ModelShape, Workload
 from planner.grid import cells
 from planner.infeasible import why_in_order, why_none
+from planner.kinds import kinds_of, solve_by_kinds
 from planner.large import solve_large
 from planner.lengths import longest_tokens
 from planner.plan import Plan
@@ -32,9 +33,9 @@ SAME = 0.005
 def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
     """The plan of most rows per second: pipelines, their nodes and order, layers and settings.
 
-    Exact over the grid of settings for up to EXACT_NODES nodes; above, grown and repaired, with
-    the bound to say how far from the optimum it may be. Nodes may be left out. Of its pipelines
-    those are dropped that a job of so few rows would only wait for.
+    Exact over the grid of settings for up to EXACT_NODES nodes, and for more of few kinds; else
+    grown and repaired, with the bound to say how far from the optimum it may be. Nodes may be left
+    out. Of its pipelines those are dropped that a job of so few rows would only wait for.
 
     Raises:
         InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
@@ -42,8 +43,9 @@ def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
     given = problem(cluster, model, workload)
     tried = cells(workload)
     exact = len(given.nodes) <= EXACT_NODES
-    if exact:
-        rings = solve_exactly(given, tried)
+    kinds = None if exact else kinds_of(given)
+    if exact or kinds:
+        rings = solve_by_kinds(given, kinds, tried) if kinds else solve_exactly(given, tried)
         bound = sum(ring.rows_per_s for ring in rings)
     else:
         known = certified(given, tried)
