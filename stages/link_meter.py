@@ -18,6 +18,7 @@ from typing import Final, Self
 
 from stages.frame import Packet
 
+SAMPLE_S: Final = 0.1  # acknowledgements are read in bursts; over a moment the bursts even out
 SMALLEST_SAMPLE_BYTES: Final = 4096  # below, a frame tells of round trips, not of rates
 
 _TCP_INFO = struct.Struct("<68xI28xI44xI4xIQ")  # of Linux's tcp_info, the fields of TcpState
@@ -59,7 +60,7 @@ class TcpState:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What one acknowledgement tells of the link."""
+    """What the acknowledgements of a moment tell of the link."""
 
     nbytes: int
     busy_s: float
@@ -83,6 +84,11 @@ class LinkMeter:
         self._under_way: deque[_UnderWay] = deque()
         self._least_rtt_s = float("inf")
         self._idle_since_s = 0.0
+        self._told_s = 0.0
+        """When the last moment was over."""
+        self._nbytes = 0
+        self._busy_s = 0.0
+        """Since then."""
 
     @property
     def segments_sent(self) -> int:
@@ -112,7 +118,7 @@ class LinkMeter:
     ) -> Delivery | None:
         """The peer holds every frame up to this one, which it held for so long before it said so.
 
-        None where nothing is to be learned from it.
+        What it tells, together with those before it; None while that is not enough.
         """
         self.tcp = tcp
         arrived = []
@@ -120,14 +126,23 @@ class LinkMeter:
             arrived.append(self._under_way.popleft())
         if not arrived:
             return None
-        nbytes = sum(each.nbytes for each in arrived)
         under_way_s = max(0.0, now_s - held_s - arrived[-1].sent_s)
         self._least_rtt_s = min(self._least_rtt_s, under_way_s)
         served_s = now_s - held_s - (tcp.min_rtt_s or self._least_rtt_s)
         busy_s = max(0.0, served_s - max(arrived[0].sent_s, self._idle_since_s))
         self._idle_since_s = max(served_s, self._idle_since_s)
-        if nbytes < SMALLEST_SAMPLE_BYTES:
+        nbytes = sum(each.nbytes for each in arrived)
+        if nbytes >= SMALLEST_SAMPLE_BYTES:
+            self._nbytes += nbytes
+            self._busy_s += busy_s
+        return self._moment(now_s)
+
+    def _moment(self, now_s: float) -> Delivery | None:
+        """What was seen since the last moment, if that is long enough ago."""
+        if not self._nbytes or now_s - self._told_s < SAMPLE_S:
             return None
-        if tcp.bytes_per_s:
-            busy_s = min(busy_s, nbytes / tcp.bytes_per_s)
+        nbytes, busy_s = self._nbytes, self._busy_s
+        if self.tcp.bytes_per_s:
+            busy_s = min(busy_s, nbytes / self.tcp.bytes_per_s)
+        self._told_s, self._nbytes, self._busy_s = now_s, 0, 0.0
         return Delivery(nbytes, busy_s)
