@@ -17,7 +17,7 @@ Little-endian, and written so that it is never longer than raw plus its header:
 import math
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,7 +53,6 @@ _CODERS: Final = {
 _INT8_CODERS: Final = (codec_coder.IF_SKEWED, codec_coder.NONE)
 
 SMALLEST_CODED_BYTES: Final = 2048  # below, a frame is a packet or two however it is coded
-PIECE_BYTES: Final = 2**19  # long enough to code well, short enough to overlap with sending
 MAX_DIMENSIONS: Final = 8
 MAX_RAW_BYTES: Final = 2**31  # of one frame; stored lengths and dimensions are 32 bits wide
 
@@ -125,32 +124,6 @@ def encode(
         if level != RAW and coded is None:
             coded = _encode_fast(elements, dtype, shape, profile)
     return coded or _sealed(RAW, dtype, shape, 0, b"", (elements.data,))
-
-
-def encode_pieces(
-    buffer: Buffer,
-    dtype: str,
-    shape: Sequence[int],
-    level: str,
-    profile: Profile | None = None,
-    piece_bytes: int = PIECE_BYTES,
-) -> Iterator[Encoded]:
-    """Frames of consecutive rows, for coding and sending to overlap; each one's shape is 2-D.
-
-    A row is the last dimension. Every piece but the last holds as many whole rows as fit in
-    `piece_bytes`, at least one; their buffers one after the other are the whole. ValueError as
-    from `encode`.
-    """
-    elements = _contiguous_bytes(buffer)
-    _check_input(elements.size, dtype, shape, level)
-    channels = shape[-1] if shape else 1
-    row_bytes = channels * ITEM_BYTES[dtype]
-    rows_each = max(1, piece_bytes // max(1, row_bytes))
-    rows = elements.size // row_bytes if row_bytes else 0
-    for start in range(0, rows, rows_each):
-        end = min(rows, start + rows_each)
-        piece = elements[start * row_bytes : end * row_bytes]
-        yield encode(piece, dtype, (end - start, channels), level, profile)
 
 
 def decode(

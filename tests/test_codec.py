@@ -17,7 +17,6 @@ from stages.codec import (
     SMALLEST_CODED_BYTES,
     decode,
     encode,
-    encode_pieces,
 )
 from stages.codec_profile import Profile
 from stages.errors import FrameError
@@ -239,16 +238,6 @@ def test_wrong_use_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=r"no such|too much|are not"):
             encode(bytes(size), dtype, shape, level)
-
-
-def test_pieces_make_the_whole() -> None:
-    x = hidden_states("bfloat16", 50, 4096).reshape(2, 25, 4096)
-    profile = Profile.learned(hidden_states("bfloat16", 64, 4096), "bfloat16", (64, 4096))
-    frames = list(encode_pieces(x, "bfloat16", x.shape, FAST, profile, piece_bytes=2**16))
-    assert [
-        decode(f.tobytes(), max_bytes=LIMIT, profiles={profile.id: profile}).shape for f in frames
-    ] == ([(8, 4096)] * 6 + [(2, 4096)])
-    assert b"".join(returned(frame, profile) for frame in frames) == x.tobytes()
 
 
 def test_two_threads_do_not_disturb_each_other() -> None:
