@@ -53,6 +53,27 @@ def capped_compute_bound(floor: Floor) -> float:
     return high
 
 
+def cut_bound(floor: Floor, parted: tuple[float, list[tuple[int, ...]]] | None) -> float:
+    """Rows per second that all nodes cannot exceed where slow links part them into groups.
+
+    Rings faster than the links between groups lie in one group; where a group does not hold all
+    layers, none of its nodes passes more rows per second than those links.
+    """
+    if parted is None:
+        return float("inf")
+    slow, groups = parted
+    layers = floor.middle_s.shape[1]
+    k = np.arange(1.0, layers + 1.0)[None, :]
+    held = np.isfinite(floor.middle_s).sum(axis=1)
+    most = np.full(len(held), slow)
+    for group in groups:
+        if held[list(group)].sum() >= layers:
+            most[list(group)] = np.inf
+    with np.errstate(divide="ignore"):
+        rate = np.minimum(1.0 / floor.middle_s, most[:, None])
+    return float((k * rate).max(axis=1).sum() / layers)
+
+
 def head_in_layers(floor: Floor) -> float:
     """The LM head's cost in layers, on the node where it weighs least."""
     k = np.arange(1.0, floor.middle_s.shape[1] + 1.0)[None, :]

@@ -127,6 +127,10 @@ class _Passes:
     beside_s: Floats
     """Over a micro-batch's life: steps' overhead, and the LM head where there is one."""
 
+    def of(self, nodes: list[int]) -> "_Passes":
+        """The same of some nodes."""
+        return _Passes(self.prefill_s[nodes], self.round_s[nodes], self.beside_s[nodes])
+
 
 def stage_table(
     nodes: tuple[Node, ...], model: ModelShape, work: Workload, cell: Cell, role: Role
@@ -142,18 +146,22 @@ def stage_table(
     best = np.full((len(nodes), model.layers), np.inf)
     offloaded = np.zeros(best.shape, np.int64)
     parked = np.zeros(best.shape)
+    # Only who has host memory to stream from has a choice to make.
+    able = [i for i, n in enumerate(nodes) if n.host_bytes and n.host_to_device_bytes_per_s]
     for fraction in PARKED_KV:
         # Two slots' KV must stay: the one computed and the one being fetched.
-        if fraction and (1.0 - fraction) * cell.in_flight < STREAM_BUFFERS:
+        if fraction and (not able or (1.0 - fraction) * cell.in_flight < STREAM_BUFFERS):
             continue
-        omega = _layers_to_offload(nodes, model, work, cell, role, fraction)
+        at = able if fraction else list(range(len(nodes)))
+        some = tuple(nodes[i] for i in at)
+        omega = _layers_to_offload(some, model, work, cell, role, fraction)
         fits = np.isfinite(omega)
         omega = np.where(fits, omega, 0.0)
-        busy = _busy_s(nodes, model, work, cell, passes, k, omega, fraction)
-        better = fits & (busy < best)
-        best = np.where(better, busy, best)
-        offloaded = np.where(better, omega.astype(np.int64), offloaded)
-        parked = np.where(better, fraction, parked)
+        busy = _busy_s(some, model, work, cell, passes.of(at), k, omega, fraction)
+        better = fits & (busy < best[at])
+        best[at] = np.where(better, busy, best[at])
+        offloaded[at] = np.where(better, omega.astype(np.int64), offloaded[at])
+        parked[at] = np.where(better, fraction, parked[at])
     return StageTable(best, offloaded, parked)
 
 

@@ -80,7 +80,7 @@ def certified(given: Problem, tried: tuple[Cell, ...]) -> Certified:
     """The bound and the fast rings; a bound of infinity where it would take too long."""
     if len(given.nodes) * given.model.layers > MOST_WORK:
         return Certified(np.inf, [])
-    parted = parts(given, tried)
+    parted = parts(given, tried, _fastest_rate(given, tried))
     if parted is None:
         classes = ring_classes(given, tried, np.inf)
         return Certified(float(node_prices(classes, np.ones(len(given.nodes))).sum()), [])
@@ -96,10 +96,13 @@ def certified(given: Problem, tried: tuple[Cell, ...]) -> Certified:
     return Certified(bound, [ring for region in regions for ring in _best_rings(region, prices)])
 
 
-def parts(given: Problem, tried: tuple[Cell, ...]) -> tuple[float, list[tuple[int, ...]]] | None:
+def parts(
+    given: Problem, tried: tuple[Cell, ...], fastest_rate: float
+) -> tuple[float, list[tuple[int, ...]]] | None:
     """A rate above which no ring crosses between groups of nodes, and the groups.
 
-    It is the one below the widest gap between the rates at which groups join.
+    It is the one below the widest gap between the rates at which groups join, and not much below
+    the fastest rate that matters.
     """
     rate = np.zeros(given.net.bytes_per_s.shape)
     for draft_len in {cell.draft_len for cell in tried}:
@@ -115,7 +118,7 @@ def parts(given: Problem, tried: tuple[Cell, ...]) -> tuple[float, list[tuple[in
     if gaps[at] < LEAST_GAP:
         return None
     slow = float(joins[at + 1])
-    return max(slow, _fastest_rate(given, tried) / SPAN), _groups(np.maximum(rate, rate.T) > slow)
+    return max(slow, fastest_rate / SPAN), _groups(np.maximum(rate, rate.T) > slow)
 
 
 def _fastest_rate(given: Problem, tried: tuple[Cell, ...]) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from planner.bounds import Floor, capped_compute_bound, floor_of
+from planner.bounds import Floor, capped_compute_bound, cut_bound, floor_of
 from planner.chain import best_split
 from planner.cost import Cell, tokens_per_round
 from planner.exact import EXACT_NODES, solve_exactly
@@ -23,7 +23,7 @@ from planner.problem import (
     pipeline_of,
     problem,
 )
-from planner.regions import certified
+from planner.regions import certified, parts
 from planner.ring import Found
 
 SAME = 0.005
@@ -96,7 +96,10 @@ def compute_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
     for cell in tried:
         least = floor_of(given.nodes, given.model, given.work, cell)
         floor = least.below(floor) if floor else least
-    return capped_compute_bound(floor) if floor else 0.0
+    if floor is None:
+        return 0.0
+    capped = capped_compute_bound(floor)
+    return min(capped, cut_bound(floor, parts(given, tried, capped)))
 
 
 def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan:

@@ -44,12 +44,23 @@ def test_no_exact_plan_beats_the_bound_of_regions_however_they_are_cut(
     parted = 0
     for seed in range(30):
         given = problem(two_regions(seed), MODEL, replace(WORK, rows=10**6))
-        parted += parts(given, GRID) is not None
+        parted += parts(given, GRID, 1.0) is not None
         known = certified(given, GRID)
         rate = sum(ring.rows_per_s for ring in solve_exactly(given, GRID))
         assert sum(ring.rows_per_s for ring in known.rings) <= rate * (1 + 1e-9), seed
         assert rate <= known.bound * (1 + 1e-9), seed
+        assert rate <= compute_bound(given, GRID) * (1 + 1e-9), seed
     assert parted == 30
+
+
+def test_groups_too_small_for_the_model_run_no_faster_than_the_links_between_them() -> None:
+    nodes = tuple(Node(f"n{i}", 4e13, 2.2e9, 4e11) for i in range(6))
+    pairs = [(a, b) for a in range(6) for b in range(6) if a != b and a % 2 == b % 2]
+    links = tuple(Link(f"n{a}", f"n{b}", 0.001, 1e9) for a, b in pairs)
+    apart = problem(Cluster(nodes, links, Link("", "", 0.001, 1e5)), MODEL, WORK)
+    near = problem(Cluster(nodes, links, Link("", "", 0.001, 1e9)), MODEL, WORK)
+    rate = sum(ring.rows_per_s for ring in solve_exactly(apart, GRID))
+    assert 0 < rate <= compute_bound(apart, GRID) < compute_bound(near, GRID) / 2
 
 
 def two_regions(seed: int) -> Cluster:
