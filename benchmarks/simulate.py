@@ -184,7 +184,9 @@ def _by_method(found: list[Race]) -> list[Claim]:
         gain = median(run.gain(OURS, method) for run in ran)
         slower = median(run.latency_s(OURS) / run.latency_s(method) for run in ran)
         claims.append(Claim(f"ours over {method}, median of {len(ran)}{words}", gain, "ratio"))
-        claims.append(Claim(f"mean row latency, ours over {method}, median", slower, "ratio"))
+        queued = ", whose rows wait at their pipelines" if policy_of(method) == "ws-rr" else ""
+        name = f"mean row latency, ours over {method}{queued}, median"
+        claims.append(Claim(name, slower, "ratio"))
     return claims
 
 
