@@ -15,7 +15,7 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from stages.control import Bye, ControlMessage, Heartbeat
 from stages.errors import (
@@ -26,10 +26,11 @@ from stages.errors import (
     StageError,
 )
 from stages.frame import ROOM_BYTES, Frame, Kind, Packet, numbered
+from stages.frame_writer import FrameWriter
 from stages.greeting import Listener
-from stages.link import Connection, pieces
+from stages.link import Connection
 from stages.mailbox import Arrival, LinkDown, Mailbox
-from stages.send_queue import Bell, SendQueue
+from stages.send_queue import Bell, Kept, SendQueue
 from stages.wire import Ack
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ LOST_AFTER_S = 20.0
 REJOIN_S = 5.0  # for a peer to dial again, though this end had no time to listen for long
 REDIAL_PAUSE_S = 0.1
 WINDOW_MESSAGES = 64  # sent and not acknowledged
-PIECES_A_TURN = 16  # written before the loop reads again
 FRAMES_A_TURN = 16  # read before the loop writes again
 MAILBOX_FULL_S = 0.05  # how often the loop looks whether the mailbox has room again
 
@@ -80,8 +80,7 @@ class Duplex:
         self._redial = redial
         self._listener = listener
         self._queue: SendQueue[Packet] = SendQueue(connection.peer, capacity)
-        self._kept: deque[Packet] = deque()
-        """Messages in the order of their numbers, until the peer holds them."""
+        self._kept = Kept()
         self._again: deque[Packet] = deque()
         self._arrived: deque[Frame] = deque()
         """Messages that the mailbox has no room for yet."""
@@ -94,7 +93,8 @@ class Duplex:
         self._next: Connection | None = None
         self._closing = False
         self._bell = Bell()
-        self._start_turn()
+        self._said_bye = False
+        self._writer = FrameWriter(connection, self._next_packet)
         if listener is not None:
             listener.route(connection.peer, self._adopt, lambda: self.last_message, "control")
         self._thread = threading.Thread(
@@ -195,7 +195,8 @@ class Duplex:
         self._arrived.clear()  # they come again
         self._acknowledged = 0
         self._heard_s = time.monotonic()
-        self._start_turn()
+        self._said_bye = False
+        self._writer = FrameWriter(connection, self._next_packet)
 
     def _replacement(self, error: LinkError) -> Connection:
         """The connection that takes the place of a broken one."""
@@ -235,35 +236,16 @@ class Duplex:
         """Whether this end has nothing more to do: all was said, or it was closed."""
         return self._closing or self._queue.finished
 
-    def _start_turn(self) -> None:
-        """A new connection: nothing is half sent, and none of its events is watched."""
-        self._pieces: Iterator[bytes | memoryview] = iter(())
-        self._piece = memoryview(b"")
-        self._sending: Packet | None = None
-        self._blocked_since_s: float | None = None
-        self._said_bye = False
-        self._watched = 0
-
     def _converse(self, ready: selectors.BaseSelector) -> None:
+        ready.register(self.connection, selectors.EVENT_READ)
         while not self.connection.closed:
-            self._watch(ready)
+            sending = selectors.EVENT_WRITE if self._writer.in_mid_frame else 0
+            ready.modify(self.connection, selectors.EVENT_READ | sending)
             ready.select(self._wait_s())
             self._bell.quiet()
             self._read()
-            self._write()
+            self._writer.write()
             self._judge()
-
-    def _watch(self, ready: selectors.BaseSelector) -> None:
-        """Wait for bytes, and for the socket to take some while there is a frame."""
-        sending = selectors.EVENT_WRITE if self._sending is not None else 0
-        events = selectors.EVENT_READ | sending
-        if events == self._watched:
-            return
-        if self._watched:
-            ready.modify(self.connection, events)
-        else:
-            ready.register(self.connection, events)
-        self._watched = events
 
     def _wait_s(self) -> float:
         if self.connection.undelivered():
@@ -302,34 +284,7 @@ class Duplex:
 
     def _forget(self, last_message: int) -> None:
         """Drop the messages that the peer holds."""
-        while self._kept and self._kept[0].frame <= last_message:
-            self._kept.popleft()
-            self._queue.sent()
-
-    def _write(self) -> None:
-        for _ in range(PIECES_A_TURN):
-            if not self._load():
-                return
-            taken = self.connection.write_ready(self._piece)
-            self._count_blocked(taken)
-            if taken == 0:
-                return
-            self._piece = self._piece[taken:]
-
-    def _load(self) -> bool:
-        """Make `_piece` the next bytes to write; False where there is nothing to say."""
-        while not self._piece:
-            piece = next(self._pieces, None)
-            if piece is not None:
-                self._piece = memoryview(piece)
-                continue
-            if self._sending is not None:
-                self.connection.note_sent(self._sending)
-            self._sending = self._next_packet()
-            if self._sending is None:
-                return False
-            self._pieces = pieces(self._sending)
-        return True
+        self._queue.sent(self._kept.forget(last_message))
 
     def _next_packet(self) -> Packet | None:
         """What is to be said next: a heartbeat that is due, acknowledgements, messages, goodbye."""
@@ -354,21 +309,15 @@ class Duplex:
 
     def _next_message(self) -> Packet | None:
         """The oldest message that waits, numbered, unless the peer has too many to acknowledge."""
-        kept_bytes = sum(packet.size for packet in self._kept)
-        if len(self._kept) >= WINDOW_MESSAGES or kept_bytes >= ROOM_BYTES:
+        if len(self._kept) >= WINDOW_MESSAGES or self._kept.nbytes >= ROOM_BYTES:
             return None
         packet = self._queue.take()
         if packet is None:
             return None
         self._numbers += 1
-        self._kept.append(numbered(packet, self._numbers))
-        return self._kept[-1]
-
-    def _count_blocked(self, taken: int) -> None:
-        now_s = time.monotonic()
-        if self._blocked_since_s is not None:
-            self.connection.counters.blocked_s += now_s - self._blocked_since_s
-        self._blocked_since_s = now_s if taken == 0 else None
+        packet = numbered(packet, self._numbers)
+        self._kept.add(packet)
+        return packet
 
     def _judge(self) -> None:
         """

@@ -9,7 +9,6 @@ Numbers rise on every data connection.
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 from stages.control import LinkReport, Refused, decode
@@ -18,7 +17,7 @@ from stages.frame import EpochMismatchError, Packet
 from stages.link import Connection
 from stages.link_codec import LinkEncoder
 from stages.mailbox import LinkDown
-from stages.send_queue import Bell, SendQueue
+from stages.send_queue import Bell, Kept, SendQueue
 from stages.wire import Ack, ProfileHeld, StepFrame
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class Outbox:
         self._window = window
         self._encoder = encoder or LinkEncoder(connection.run)
         self._queue: SendQueue[Packet | StepFrame] = SendQueue(connection.peer, capacity)
-        self._unacknowledged: deque[Packet] = deque()
+        self._kept = Kept()
         self._bell = Bell()
         self._aborted = threading.Event()
         self._swapping = threading.Lock()
@@ -126,7 +125,7 @@ class Outbox:
 
     def _send_again(self) -> None:
         """Send what an earlier connection may have lost."""
-        for packet in tuple(self._unacknowledged):
+        for packet in self._kept:
             self._encoder.sending(packet)
             self._connection.send(packet)
             self._connection.counters.frames_sent_again += 1
@@ -141,7 +140,7 @@ class Outbox:
                 message = self._queue.take()
             if message is not None:
                 packet = self._encoder.packet(message)
-                self._unacknowledged.append(packet)
+                self._kept.add(packet)
                 self._encoder.sending(packet)
                 self._connection.send(packet)
             elif not self._queue.finished:
@@ -149,9 +148,8 @@ class Outbox:
                 self._bell.quiet()
 
     def _has_credit(self) -> bool:
-        kept_bytes = sum(packet.size for packet in self._unacknowledged)
         room_bytes = self._connection.hello.room_bytes
-        return len(self._unacknowledged) < self._window and kept_bytes < room_bytes
+        return len(self._kept) < self._window and self._kept.nbytes < room_bytes
 
     def _introduce(self) -> None:
         """Have a new connection's peer hold the profile before frames come that need it."""
@@ -180,9 +178,7 @@ class Outbox:
 
     def _forget(self, last_frame: int) -> None:
         """Drop the frames that the peer holds."""
-        while self._unacknowledged and self._unacknowledged[0].frame <= last_frame:
-            self._unacknowledged.popleft()
-            self._queue.sent()
+        self._queue.sent(self._kept.forget(last_frame))
 
     def _reconnect(self, error: LinkError) -> None:
         """Dial until the same process answers, and learn which frames it has."""

@@ -1,14 +1,17 @@
 """
-What a sending thread waits on: a bounded queue of frames, and a bell that select can hear.
+What a sending thread waits on and keeps: a bounded queue, a bell that select can hear, and the frames
+that it has sent and that the peer may not hold.
 """
 
 import contextlib
 import socket
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from stages.errors import LinkError, LinkTimeoutError, StageError
+from stages.frame import Packet
 
 T = TypeVar("T")
 
@@ -114,3 +117,30 @@ class SendQueue(Generic[T]):
         """Raise the error that the sending thread met, if a frame was lost by it."""
         if self._error is not None and self._lost:
             raise self._error
+
+
+class Kept:
+    """Frames that were sent and not acknowledged, in the order of their numbers; for one thread."""
+
+    def __init__(self) -> None:
+        self._packets: deque[Packet] = deque()
+        self.nbytes = 0
+        """Of all of them."""
+
+    def __len__(self) -> int:
+        return len(self._packets)
+
+    def __iter__(self) -> Iterator[Packet]:
+        return iter(tuple(self._packets))
+
+    def add(self, packet: Packet) -> None:
+        """Keep a frame that is about to be sent."""
+        self._packets.append(packet)
+        self.nbytes += packet.size
+
+    def forget(self, last_frame: int) -> int:
+        """Drop the frames up to that number, which the peer holds; how many they were."""
+        before = len(self._packets)
+        while self._packets and self._packets[0].frame <= last_frame:
+            self.nbytes -= self._packets.popleft().size
+        return before - len(self._packets)
