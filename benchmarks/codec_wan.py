@@ -24,13 +24,14 @@ from benchmarks.wan import Path, Wan, obstacle
 from planner.schedule import Span, Step
 from stages.codec import FAST, RAW
 from stages.control import Hello
+from stages.dialing import dial
 from stages.errors import LinkError
 from stages.frame import Dtype, run_number
-from stages.greeting import Listener, dial
 from stages.identity import Member, load_identity, make_identity
 from stages.inbox import Inbox
 from stages.link import Trust
 from stages.link_codec import LOSSLESS, LinkEncoder
+from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.wire import StepFrame

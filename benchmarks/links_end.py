@@ -20,13 +20,14 @@ from typing import Literal
 
 from planner.schedule import Span, Step
 from stages.control import Hello, Rows, decode
+from stages.dialing import dial
 from stages.duplex import Duplex
 from stages.errors import LinkError
 from stages.frame import Dtype, Packet, run_number
-from stages.greeting import Listener, dial
 from stages.identity import Member, load_identity
 from stages.inbox import Inbox
 from stages.link import Connection, Trust
+from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.wire import StepFrame

@@ -41,9 +41,9 @@ from stages.control import (
 from stages.duplex import Duplex
 from stages.errors import LinkError, LinkTimeoutError, StageError
 from stages.greeting import Address as Place
-from stages.greeting import Listener
 from stages.identity import Identity, Member, make_identity
 from stages.link import Trust
+from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mail, Mailbox
 from storage.scratch import Scratch
 

@@ -27,8 +27,8 @@ from stages.errors import (
 )
 from stages.frame import ROOM_BYTES, Frame, Kind, Packet, numbered
 from stages.frame_writer import FrameWriter
-from stages.greeting import Listener
 from stages.link import Connection
+from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.send_queue import Bell, Kept, SendQueue
 from stages.wire import Ack

@@ -11,9 +11,9 @@ import threading
 from stages.control import LinkReport, Refused
 from stages.errors import LinkError, PeerClosedError, StageError
 from stages.frame import EpochMismatchError, Kind
-from stages.greeting import Listener
 from stages.link import Connection
 from stages.link_codec import LinkDecoder
+from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import PATIENCE_S
 

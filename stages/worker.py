@@ -38,15 +38,16 @@ from stages.control import (
     decode,
 )
 from stages.cpu_share import CpuShare
+from stages.dialing import dial, dial_once
 from stages.duplex import Duplex
 from stages.errors import LinkError, NumericError, ProtocolError, StageError
 from stages.frame import run_number
-from stages.greeting import Listener, dial, dial_once
 from stages.head import Head
 from stages.identity import Identity, Member
 from stages.inbox import Inbox
 from stages.link import Connection, Trust
 from stages.link_codec import LOSSLESS, LinkDecoder, LinkEncoder
+from stages.listener import Listener
 from stages.mailbox import LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.prompt import PromptEncoder

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from planner.schedule import Span, Step
 from stages.control import Answer, Answers, Hello, Message, decode
+from stages.dialing import dial
 from stages.duplex import Duplex
 from stages.frame import Dtype, Packet, run_number
-from stages.greeting import Listener, dial
 from stages.identity import Identity, Member, load_identity, make_identity
 from stages.link import Connection, Trust
+from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mail
 from stages.wire import StepFrame
 

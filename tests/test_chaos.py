@@ -20,9 +20,9 @@ from flows.launch import Fleet, StageSettings
 from flows.stage import stage
 from stages.config import StageSpec
 from stages.control import Answer, Hello, LeasedRow
+from stages.dialing import dial_once
 from stages.errors import PeerRefusedError
 from stages.frame import EpochMismatchError, RunMismatchError
-from stages.greeting import dial_once
 from stages.identity import Identity, Member, make_identity
 from stages.link import Trust
 from tests.linked import Relay

@@ -143,7 +143,7 @@ import sys
 from pathlib import Path
 from stages.control import Stop
 from stages.duplex import WINDOW_MESSAGES, Duplex
-from stages.greeting import dial
+from stages.dialing import dial
 from stages.mailbox import LinkDown, Mailbox
 from tests import linked
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from stages.dialing import dial
 from stages.errors import (
     LinkTimeoutError,
     PeerRefusedError,
 )
 from stages.frame import EpochMismatchError, RunMismatchError
-from stages.greeting import Listener, dial
 from stages.identity import Member, make_identity
 from stages.link import Trust
+from stages.listener import Listener
 from tests.linked import (
     Net,
     data_hello,

@@ -211,7 +211,7 @@ def test_two_threads_on_one_tls_object_are_noticed(net: Net) -> None:
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from stages.greeting import dial
+from stages.dialing import dial
 from tests import linked
 
 net = linked.plan_in(Path(sys.argv[1]))

@@ -13,9 +13,9 @@ from planner.schedule import Span, Step
 from stages.codec import FAST, INT8, LEVELS, RAW
 from stages.codec_profile import LEARNING_ROWS
 from stages.cpu_share import CpuShare
+from stages.dialing import dial_once
 from stages.errors import FrameError
 from stages.frame import Dtype, Frame, FrameReader, Kind, Packet, run_number
-from stages.greeting import dial_once
 from stages.inbox import Inbox
 from stages.link_codec import LinkDecoder, LinkEncoder
 from stages.link_meter import LinkMeter, TcpState

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from stages.control import Hello
+from stages.dialing import dial_once
 from stages.errors import LinkError, LinkTimeoutError, PeerClosedError
-from stages.greeting import Listener, dial_once
 from stages.inbox import Inbox
 from stages.link import Connection
+from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
 from tests.linked import Net, Relay, hello_of, plan_in, step_packet, unexpected, wait_for

@@ -10,10 +10,11 @@ from itertools import chain, repeat
 import pytest
 
 from stages.control import Answers, Stop
+from stages.dialing import dial_once
 from stages.duplex import Duplex
 from stages.errors import LinkError, LinkTimeoutError, PeerClosedError
-from stages.greeting import Listener, dial_once
 from stages.link import Connection
+from stages.listener import Listener
 from stages.mailbox import LinkDown, Mailbox
 from tests.linked import Net, Relay, answer, flood, hello_of, part, received
 

@@ -8,8 +8,8 @@ import struct
 import pytest
 
 from stages.control import Hello
+from stages.dialing import dial
 from stages.errors import ProtocolError
-from stages.greeting import dial
 from stages.inbox import Inbox
 from stages.link import OTHER_STRIPES, Connection
 from stages.mailbox import Arrival, LinkDown, Mailbox
