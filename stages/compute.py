@@ -1,6 +1,7 @@
 """One stage's work on one frame: payload in, layers, payload or tokens out; no sockets."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,17 @@ class Tachograph:
     frames: int = 0
     tokens: int = 0
     busy_s: float = 0.0
+    cpu_s: float = 0.0
+    """Of it, the computing thread's processor time: layers on an accelerator leave it idle."""
+
+
+class Compute(Protocol):
+    """What a stage does with its frames, one after another."""
+
+    def begin(
+        self, step: Step, ids: Tensor, admits: tuple[Admit, ...]
+    ) -> StepFrame | SampleFrame: ...
+    def go_on(self, frame: StepFrame) -> StepFrame | SampleFrame: ...
 
 
 class StageCompute:

@@ -13,7 +13,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from stages.codec import INT8, LEVELS
-from stages.compute import StageCompute, Tachograph
+from stages.compute import Compute, StageCompute, Tachograph
 from stages.config import Address, StageSpec
 from stages.control import (
     Answer,
@@ -68,11 +68,15 @@ FAREWELL_S = 5.0
 class Worker:
     """One stage in its run; everything here but the heartbeat happens in one thread."""
 
-    def __init__(self, spec: StageSpec) -> None:
+    def __init__(
+        self, spec: StageSpec, load: Callable[[StageSpec], Compute] = StageCompute.load
+    ) -> None:
         self._spec = spec
+        self._load_compute = load
         self._run = run_number(spec.run)
         self._mailbox = Mailbox(capacity=64 + spec.ring.slots)
-        self._done = Tachograph()
+        self.done = Tachograph()
+        """What it has done so far."""
         self._outbox: Outbox | None = None
         self._inbox: Inbox | None = None
         self._driver: Duplex
@@ -100,8 +104,9 @@ class Worker:
             self._driver.send(self._vitals())  # the last word on what was done
             self._driver.close()
 
-    def _busy_s(self) -> float:
-        return self._done.busy_s
+    def _cpu_s(self) -> float:
+        """A codec beside layers that an accelerator computes is in nobody's way."""
+        return self.done.cpu_s
 
     def _hello(self, listening: Address | None = None, purpose: str = "data") -> Hello:
         spec = self._spec
@@ -133,9 +138,9 @@ class Worker:
 
     def _vitals(self) -> Heartbeat:
         return Heartbeat(
-            frames=self._done.frames,
-            tokens=self._done.tokens,
-            busy_s=self._done.busy_s,
+            frames=self.done.frames,
+            tokens=self.done.tokens,
+            busy_s=self.done.busy_s,
             rss_bytes=psutil.Process().memory_info().rss,
             links=tuple(box.report() for box in (self._outbox, self._inbox) if box is not None),
         )
@@ -154,10 +159,10 @@ class Worker:
                 self._driver.close()
             raise
 
-    def _load(self) -> StageCompute:
+    def _load(self) -> Compute:
         started = time.monotonic()
         torch.set_num_threads(self._spec.model.threads)
-        compute = StageCompute.load(self._spec)
+        compute = self._load_compute(self._spec)
         ring, load_s = self._spec.ring, time.monotonic() - started
         model = self._spec.model
         log.info(
@@ -194,14 +199,14 @@ class Worker:
             capacity=self._spec.ring.slots,
             redial=partial(dial_once, trust, next_stage, place, hello, REDIAL_S),
             patience_s=self._spec.lost_after_s,
-            encoder=LinkEncoder(self._run, self.levels, self._spec.codec, CpuShare(self._busy_s)),
+            encoder=LinkEncoder(self._run, self.levels, self._spec.codec, CpuShare(self._cpu_s)),
         )
         leave.callback(self._outbox.abort)
         arriving = listener.accept(RING_S)
         if arriving.peer != self._spec.previous or arriving.purpose != "data":
             raise ProtocolError(f"{arriving.peer} connected in place of {self._spec.previous}")
         levels = LEVELS if self._spec.incoming_codec == INT8 else LOSSLESS
-        decoder = LinkDecoder(levels, CpuShare(self._busy_s))
+        decoder = LinkDecoder(levels, CpuShare(self._cpu_s))
         self._inbox = Inbox(arriving, self._mailbox, listener, self._spec.lost_after_s, decoder)
         leave.callback(self._inbox.close)
         return True
@@ -233,7 +238,7 @@ class Worker:
         # An activation is coded by the link's own thread, beside the next step's layers.
         self._outbox.put(frame if isinstance(frame, StepFrame) else frame.encode(self._run))
 
-    def _follow(self, compute: StageCompute) -> None:
+    def _follow(self, compute: Compute) -> None:
         """A later stage: compute each frame as it comes, pass on what comes of it."""
         while True:
             message = self._next_message(None)
@@ -246,16 +251,14 @@ class Worker:
             else:
                 raise ProtocolError(f"a {type(message).__name__} has no place at a later stage")
 
-    def _computed(
-        self, compute: StageCompute, frame: StepFrame
-    ) -> StepFrame | SampleFrame | StepFailed:
+    def _computed(self, compute: Compute, frame: StepFrame) -> StepFrame | SampleFrame | StepFailed:
         try:
             with self._busy(frame.step.tokens):
                 return compute.go_on(frame)
         except NumericError as error:
             return self._step_failed(frame.step.frame, frame.step.slot, error)
 
-    def _lead(self, compute: StageCompute) -> None:
+    def _lead(self, compute: Compute) -> None:
         """The first stage: rows in, steps round the ring, answers out."""
         encoder = PromptEncoder.load(self._spec.model.folder, "parse")
         head = Head(self._spec.ring.shape(), encoder)
@@ -280,7 +283,7 @@ class Worker:
             return head.failed(message)
         raise ProtocolError(f"a {type(message).__name__} has no place at the head")
 
-    def _advance(self, head: Head, compute: StageCompute) -> bool:
+    def _advance(self, head: Head, compute: Compute) -> bool:
         """Compute and send the next step; False if there is none."""
         work = head.next_work()
         if work is None:
@@ -318,11 +321,12 @@ class Worker:
 
     @contextlib.contextmanager
     def _busy(self, tokens: int) -> Iterator[None]:
-        started = time.perf_counter()
+        started, cpu_s = time.perf_counter(), time.thread_time()
         yield
-        self._done.busy_s += time.perf_counter() - started
-        self._done.frames += 1
-        self._done.tokens += tokens
+        self.done.busy_s += time.perf_counter() - started
+        self.done.cpu_s += time.thread_time() - cpu_s
+        self.done.frames += 1
+        self.done.tokens += tokens
 
 
 def _end_with_parent() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from flows.launch import Fleet, StageSettings
 from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
+from stages.compute import Compute, StageCompute
 from stages.config import Ring, StageSpec
 from stages.control import Answer, LeasedRow
 from stages.worker import Worker
@@ -47,12 +48,14 @@ def answers(
     plan: Plan,
     ring: Ring,
     watch: Callable[[Worker], None] = lambda _worker: None,
+    load: Callable[[StageSpec], Compute] = StageCompute.load,
 ) -> dict[int, Answer]:
-    """Every row's answer, from stages that are threads of this process; `watch` meets each stage."""
+    """Every row's answer, from stages that are threads of this process; `watch` meets each stage,
+    and `load` says what computes in it."""
 
     def live(_member: str, spec_path: str) -> None:
         spec = StageSpec.model_validate_json(Path(spec_path).read_text(encoding="utf-8"))
-        worker = Worker(spec)
+        worker = Worker(spec, load)
         watch(worker)
         worker.live()
 
