@@ -31,12 +31,16 @@ OF_THE_RUN = {"run_id", "plan", "finished_at", "queued_s", "prefill_s", "decode_
 
 @pytest.fixture(scope="module")
 def job_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_long_job(tmp_path_factory.mktemp("faults"), tiny_model, new_tokens=3)
+
+
+def write_long_job(folder: Path, model: Path, new_tokens: int) -> Path:
     rng = random.Random(3)
     texts = ("".join(rng.choices("abcdefgh .", k=rng.randint(2, 20))) for _ in range(ROWS))
     rows = [{"id": f"r{n}", "prompt": text} for n, text in enumerate(texts)]
     return write_job(
-        tmp_path_factory.mktemp("faults"), tiny_model, rows, "prompts.parquet",
-        prompts={"prompt_column": "prompt"}, sampling={"max_new_tokens": 3},
+        folder, model, rows, "prompts.parquet",
+        prompts={"prompt_column": "prompt"}, sampling={"max_new_tokens": new_tokens},
     )  # fmt: skip
 
 
@@ -128,7 +132,11 @@ def test_a_run_that_loses_a_process_ends_soon_and_says_which(
     assert earlier.items() <= after.items(), "a committed row was computed again, or lost"
 
 
-def test_ctrl_c_ends_a_run_in_good_order(job_file: Path, prefect_api: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_run_in_good_order(
+    tiny_model: Path, prefect_api: str, tmp_path: Path
+) -> None:
+    # Long answers: the run must not be over before this process, on a busy machine, interrupts it.
+    job_file = write_long_job(tmp_path / "job", tiny_model, new_tokens=30)
     store = tmp_path / "store"
     with started(job_file, store, prefect_api) as run:
         os.killpg(run.process.pid, signal.SIGINT)
