@@ -132,6 +132,15 @@ def test_a_run_that_loses_a_process_ends_soon_and_says_which(
     assert earlier.items() <= after.items(), "a committed row was computed again, or lost"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children heed SIGINT, even where a shell has started the tests in its background, deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_in_good_order(
     tiny_model: Path, prefect_api: str, tmp_path: Path
 ) -> None:
