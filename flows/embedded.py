@@ -1,15 +1,13 @@
 """A Prefect server of a run's own, for a run that names no other; it ends when its parent does.
 
-As a module (`python -m flows.embedded HOME FD`) it is the child: it serves on the inherited socket
-until its standard input closes, which happens however the parent dies, and removes HOME then.
+As a module (`python -m flows.embedded FD`) it is the child: it serves on the inherited socket until
+its standard input closes, which happens however the parent dies.
 """
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -19,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.errors import ServerError
+from storage.scratch import Scratch
 
 DRAIN_S = 5.0
 START_LIMIT_S = 180.0
@@ -31,7 +30,8 @@ class EmbeddedServer:
     """The child process; start it early, since it takes long, and wait when it is needed."""
 
     def __init__(self) -> None:
-        self._home = Path(tempfile.mkdtemp(prefix="wagonway-prefect-"))
+        self._scratch = Scratch("prefect")
+        self._home = self._scratch.path
         self._log = (self._home / "server.log").open("wb")
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.api_url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
@@ -41,7 +41,6 @@ class EmbeddedServer:
                     "-P",
                     "-m",
                     "flows.embedded",
-                    str(self._home),
                     str(listener.fileno()),
                 ],
                 stdin=subprocess.PIPE,
@@ -79,7 +78,7 @@ class EmbeddedServer:
         self._process.stdin.close()
         self._process.wait()
         self._log.close()
-        shutil.rmtree(self._home, ignore_errors=True)
+        self._scratch.cleanup()
 
 
 @contextmanager
@@ -152,19 +151,18 @@ def _server_settings(home: Path) -> dict[str, str]:
     }
 
 
-def _end_with_parent(home: Path) -> None:
+def _end_with_parent() -> None:
     while os.read(
         sys.stdin.fileno(), 4096
     ):  # no buffer: its lock would hold up the interpreter's end
         pass
-    shutil.rmtree(home, ignore_errors=True)
     os._exit(0)  # whoever asked is gone: there is nobody to shut down for in good order
 
 
-def _serve(home: Path, listener_fd: int) -> None:
+def _serve(listener_fd: int) -> None:
     import uvicorn  # noqa: PLC0415  (the child's alone; the driver's start should not pay for it)
 
-    threading.Thread(target=_end_with_parent, args=(home,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     config = uvicorn.Config(
         "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
     )
@@ -172,4 +170,4 @@ def _serve(home: Path, listener_fd: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), int(sys.argv[2]))
+    _serve(int(sys.argv[1]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.embedded import embedded_server
 from storage.scratch import YOUNG_S, Scratch, sweep
 
 HOLDER = """
@@ -53,6 +54,15 @@ def test_what_a_killed_process_leaves_is_removed_and_a_living_ones_stays(folder:
         holder.wait()
         with Scratch("next"):
             assert not held.exists()
+
+
+def test_a_running_servers_home_is_a_living_processs(folder: Path) -> None:
+    with embedded_server():
+        [home] = folder.glob("wagonway-prefect-*")
+        age(home)
+        sweep()
+        assert home.exists()
+    assert not home.exists()
 
 
 def test_young_folders_and_what_is_no_folder_are_left_alone(folder: Path) -> None:
