@@ -109,7 +109,7 @@ class Stripes:
                 self._current = chunk
                 self._due += 1
             elif not self._read():
-                if any(stripe.ended for stripe in self._stripes):
+                if self._ended:
                     return 0
                 self._poll(None, None)
         count = min(len(buffer), len(self._current))
@@ -123,8 +123,13 @@ class Stripes:
         return len(self._current) + len(self._early.get(self._due, b""))
 
     def wait(self, bell: Bell, timeout_s: float | None) -> bool:
-        """Wait for bytes or for the bell; whether bytes came."""
-        return self._poll(bell, timeout_s)
+        """Wait for bytes, an end or the bell; whether bytes or an end came."""
+        return self._ended or self._poll(bell, timeout_s)
+
+    @property
+    def _ended(self) -> bool:
+        """Whether one connection has ended, and so the stream; no poll tells of that again."""
+        return any(stripe.ended for stripe in self._stripes)
 
     def _free(self) -> _Stripe:
         """A connection that takes a chunk now."""

@@ -9,11 +9,12 @@ import pytest
 
 from stages.control import Hello
 from stages.dialing import dial
-from stages.errors import ProtocolError
+from stages.errors import PeerClosedError, ProtocolError
 from stages.inbox import Inbox
 from stages.link import OTHER_STRIPES, Connection
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
+from stages.send_queue import Bell
 from stages.stripes import CHUNK_BYTES
 from tests.linked import Net, data_hello, step_packet, unexpected, wait_for
 
@@ -52,6 +53,17 @@ def test_one_stripe_that_breaks_ends_the_connection(net: Net) -> None:
     socket.socket.shutdown(near.sockets[2], socket.SHUT_RDWR)
     mail = mailbox.get(5)
     assert isinstance(mail, LinkDown)
+
+
+def test_whoever_waits_hears_of_the_end_of_one_stripe(net: Net) -> None:
+    near, far = ends(net)
+    bell = Bell()
+    net.closing.append(bell.close)
+    socket.socket.shutdown(far.sockets[2], socket.SHUT_WR)  # an end, and no reset
+    # The first look may find that the stripe has ended; whoever waits after it must hear so too.
+    assert all(near.wait(bell, timeout_s=2.0) for _ in range(3))
+    with pytest.raises(PeerClosedError):
+        near.receive()
 
 
 def test_a_peer_that_dials_anew_leaves_no_half_stream_behind(net: Net) -> None:
