@@ -17,7 +17,7 @@ from stages.inbox import Inbox
 from stages.link import Connection
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
-from stages.outbox import PATIENCE_S, Outbox
+from stages.outbox import Outbox
 from tests.linked import Net, Relay, hello_of, plan_in, step_packet, unexpected, wait_for
 
 
@@ -37,7 +37,7 @@ class Wire:
         """The numbers of the next frames; fails where the link went down."""
         numbers = []
         for _ in range(count):
-            mail = self.mailbox.get(PATIENCE_S)
+            mail = self.mailbox.get(10)
             assert isinstance(mail, Arrival), (mail, self.downs)
             numbers.append(mail.frame.label.frame)
         return numbers
@@ -91,7 +91,7 @@ def send(outbox: Outbox, numbers: range, size: int = 20_000) -> None:
 def test_every_frame_arrives_once_and_in_order_over_a_link_that_is_reset_again_and_again(
     join: Callable[..., Wire], stripes: int
 ) -> None:
-    wire = join(patience_s=PATIENCE_S, stripes=stripes)  # a greeting that is reset may take seconds
+    wire = join(stripes=stripes)
     wire.relay.reset_after_bytes = 300_000  # in mid-frame, every fifteen frames or so
     wire.relay.reset()
     sending = threading.Thread(target=send, args=(wire.outbox, range(200)))
