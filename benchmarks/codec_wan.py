@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.record import Claim, record
 from benchmarks.wan import Path, Wan, obstacle
+from benchmarks.wan_child import line_of
 from planner.schedule import Span, Step
 from stages.codec import FAST, RAW
 from stages.control import Hello
@@ -130,9 +131,9 @@ def measure(folder: FilePath, wire: Path | None, transfer: Transfer) -> Received
         module = [sys.executable, "-m", "benchmarks.codec_wan"]
         words = ["receive", str(folder), wan.address("b"), asked]
         receiver = wan.popen("b", [*module, *words], stdout=subprocess.PIPE)
-        port = json.loads(_line(receiver))
+        port = json.loads(line_of(receiver))
         wan.popen(source, [*module, "send", str(folder), wan.address("b"), str(port), asked])
-        return Received(**json.loads(_line(receiver)))
+        return Received(**json.loads(line_of(receiver)))
 
 
 def claims(folder: FilePath) -> list[Claim]:
@@ -158,14 +159,6 @@ def claims(folder: FilePath) -> list[Claim]:
             claim = f"{where}: gain of fast over its ratio of {ratio:.3f}"
             found.append(Claim(claim, overlap, "ratio", target=0.97))
     return found
-
-
-def _line(process: "subprocess.Popen[bytes]") -> bytes:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"{process.args!r} ended early with {process.wait()}")
-    return line
 
 
 def _note_end(down: LinkDown) -> None:

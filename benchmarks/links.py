@@ -19,6 +19,7 @@ from pathlib import Path as FilePath
 from benchmarks.links_end import NAMES, Received, Sent, Transfer, step_packet
 from benchmarks.record import Claim, record
 from benchmarks.wan import Namespaces, Path, Traffic, Wan, obstacle
+from benchmarks.wan_child import line_of
 from stages.identity import make_identity
 from stages.link import BBR_STRIPES, OTHER_STRIPES
 
@@ -40,25 +41,17 @@ def run(
     with Wan(NAMES, path, partial(Namespaces, tcp_buffer_bytes=None)) as wan:
         asked = json.dumps(asdict(transfer))
         receiver = _end(wan, "b", ["receive", str(folder), wan.address("b"), asked])
-        port = json.loads(_line(receiver))
+        port = json.loads(line_of(receiver))
         sender = _end(wan, source, ["send", str(folder), wan.address("b"), str(port), asked])
-        received = Received(**json.loads(_line(receiver)))
+        received = Received(**json.loads(line_of(receiver)))
         carried = wan.counters()["a", "b"]
-        sent = Sent(**json.loads(_line(sender)))
+        sent = Sent(**json.loads(line_of(sender)))
         return received, sent, carried
 
 
 def _end(wan: Wan, host: str, words: Sequence[str]) -> "subprocess.Popen[bytes]":
     module = [sys.executable, "-m", "benchmarks.links_end", *words]
     return wan.popen(host, module, stdout=subprocess.PIPE)
-
-
-def _line(process: "subprocess.Popen[bytes]") -> bytes:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"{process.args!r} ended early with {process.wait()}")
-    return line
 
 
 def goodput(folder: FilePath) -> list[Claim]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from planner.schedule import Span, Step
-from stages.control import Hello, Rows, decode
+from stages.control import Hello, Stop, decode
 from stages.dialing import dial
 from stages.duplex import Duplex
 from stages.errors import LinkError
@@ -130,8 +130,8 @@ def _hear(messages: Mailbox, delays_s: list[float]) -> None:
     """Note how long each message was under way: both ends read one machine's clock."""
     while isinstance(mail := messages.get(), Arrival):
         message = decode(mail.frame)
-        assert isinstance(message, Rows)
-        delays_s.append((time.monotonic_ns() - int(message.lease)) / 1e9)
+        assert isinstance(message, Stop)
+        delays_s.append((time.monotonic_ns() - int(message.reason)) / 1e9)
 
 
 def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
@@ -178,7 +178,7 @@ def choose_congestion_control(connection: Connection, name: str) -> str:
 def _tell(duplex: Duplex, every_s: float) -> None:
     try:
         while True:
-            duplex.send(Rows(lease=str(time.monotonic_ns()), rows=()))
+            duplex.send(Stop(reason=str(time.monotonic_ns())))
             time.sleep(every_s)
     except LinkError:
         return

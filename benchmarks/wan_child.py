@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,15 @@ def as_child(words: Sequence[str]) -> list[str]:
     if sys.platform != "linux":
         return list(words)
     return [sys.executable, "-I", __file__, str(os.getpid()), *words]
+
+
+def line_of(process: "subprocess.Popen[bytes]") -> bytes:
+    """The next line that a child prints; RuntimeError where it has ended instead."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{process.args!r} ended early with {process.wait()}")
+    return line
 
 
 def main() -> None:

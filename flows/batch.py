@@ -20,7 +20,7 @@ from flows.measure import Measured, measure
 from flows.model import open_model
 from flows.planning import make_plan, ring_of, workload
 from flows.report import announce, shown
-from flows.run import Run, Summary, document, fingerprint, is_begun, prompt_source
+from flows.run import Run, Summary, fingerprint, is_begun, prompt_source
 from flows.twins import Twins
 from planner.facts import Workload
 from planner.plan import Plan
@@ -49,7 +49,8 @@ def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
         index = validate(job, scratch)
         # A new job is begun only when a node has shown that it computes the model rightly.
         measured = None if is_begun(store_uri, job) else measure_nodes(job, stages)
-        store = JobStore.create(store_uri, job.name, fingerprint(job, model), document(job))
+        document = job.model_dump(mode="json")
+        store = JobStore.create(store_uri, job.name, fingerprint(job, model), document)
         store.set_input(index)
     run = Run(job, model, store, progress(store))
     try:

@@ -141,7 +141,6 @@ class Fleet:
         members = [Member(s.member, s.identity.certificate_pem) for s in self._stations.values()]
         self._listener = Listener(Trust(self._identity, members), self._hello, settings.driver_host)
         self._mailbox = Mailbox()
-        self._leases = 0
 
     def __enter__(self) -> Self:
         return self
@@ -172,9 +171,7 @@ class Fleet:
         head = self._stations[self._pipelines[pipeline][0]]
         ends = accumulate(len(row.token_ids) for row in rows)
         for _, part in groupby(zip(rows, ends, strict=True), lambda it: it[1] // LEASE_TOKENS):
-            self._leases += 1
-            lease = f"{self._settings.run}-{self._leases}"
-            self._send(head, Rows(lease=lease, rows=tuple(row for row, _ in part)))
+            self._send(head, Rows(rows=tuple(row for row, _ in part)))
 
     def answers(self, timeout_s: float) -> tuple[Answer, ...]:
         """The next rows that ended, none if none came in time; StageLostError if a stage is lost."""
@@ -261,12 +258,7 @@ class Fleet:
             station.link = Duplex(connection, self._mailbox, listener=self._listener)
             hello = connection.hello
             host, port = self._reached_at(station.member, (hello.host, hello.port))
-            return Peer(
-                name=station.member,
-                host=host,
-                port=port,
-                certificate=station.identity.certificate_pem,
-            )
+            return Peer(name=station.member, host=host, port=port)
         missing = [s.member for s in self._stations.values() if s.link is None]
         raise StageLostError(f"stages {', '.join(missing)} said nothing in {JOIN_S:.0f} s")
 

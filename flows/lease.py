@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 
+import numpy as np
 import xxhash
 from pydantic import ValidationError
 
@@ -28,6 +29,8 @@ class Lease:
     sampling: Sampling
     cut_short: bool
     """Whether the model's context leaves less room than max_new_tokens."""
+    question: int | None
+    """A digest of all that its answer depends on; None where that is the row's own seed too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ class Clerk:
         if new_tokens == 0:
             blank = self._blank(prompt, sampling)
             return replace(blank, prompt_tokens=len(ids), truncated=cut_short)
-        return Lease(prompt, row, sampling, cut_short)
+        return Lease(prompt, row, sampling, cut_short, question(row))
 
     def ended(self, lease: Lease, answer: Answer) -> ResultRow:
         """The result row of an answer."""
@@ -148,3 +151,12 @@ class Clerk:
             epoch=self._names.epoch,
             pipeline=0,
         )
+
+
+def question(row: LeasedRow) -> int | None:
+    """What greedy rows must have in common to have one answer, as a digest; None for sampled rows."""
+    if row.temperature > 0:
+        return None
+    digest = xxhash.xxh3_128(np.array(row.token_ids, np.int64).tobytes())
+    digest.update(repr((row.max_new_tokens, row.stop)).encode())
+    return digest.intdigest()

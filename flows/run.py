@@ -148,11 +148,6 @@ def is_begun(store_uri: str, job: Job) -> bool:
     return True
 
 
-def document(job: Job) -> dict[str, JsonValue]:
-    """The job as the store keeps it."""
-    return dict(job.model_dump(mode="json"))
-
-
 def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:
     """Everything that the answers depend on, besides the prompts."""
     answers: dict[str, JsonValue] = {

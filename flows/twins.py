@@ -2,9 +2,6 @@
 
 from collections import OrderedDict
 
-import numpy as np
-import xxhash
-
 from flows.lease import Lease
 from stages.control import Answer
 
@@ -22,36 +19,23 @@ class Twins:
 
     def answer_to(self, lease: Lease) -> Answer | None:
         """What an equal row was answered not long ago."""
-        question = _question(lease)
-        return None if question is None else self._said.get(question)
+        return None if lease.question is None else self._said.get(lease.question)
 
     def waits(self, lease: Lease) -> bool:
         """Whether the row waits for an equal one; otherwise equal ones wait for it from now on."""
-        question = _question(lease)
-        if question is None:
+        if lease.question is None:
             return False
-        if question in self._waiting:
-            self._waiting[question].append(lease)
+        if lease.question in self._waiting:
+            self._waiting[lease.question].append(lease)
             return True
-        self._waiting[question] = []
+        self._waiting[lease.question] = []
         return False
 
     def answered(self, lease: Lease, answer: Answer) -> list[Lease]:
         """The rows that have waited for this one, which have its answer now."""
-        question = _question(lease)
-        if question is None:
+        if lease.question is None:
             return []
-        self._said[question] = answer
+        self._said[lease.question] = answer
         if len(self._said) > REMEMBERED:
             self._said.popitem(last=False)
-        return self._waiting.pop(question)
-
-
-def _question(lease: Lease) -> int | None:
-    """A digest of all that a greedy answer depends on; None where the row's own seed matters."""
-    row = lease.row
-    if row.temperature > 0:
-        return None
-    digest = xxhash.xxh3_128(np.array(row.token_ids, np.int64).tobytes())
-    digest.update(repr((row.max_new_tokens, row.stop)).encode())
-    return digest.intdigest()
+        return self._waiting.pop(lease.question)

@@ -202,6 +202,11 @@ class Ring:
                 return step
         return None
 
+    def step_in(self, slot_number: int) -> Step | None:
+        """The step that a slot has in flight; None too where there is no such slot."""
+        known = 0 <= slot_number < len(self._slots)
+        return self._slots[slot_number].step if known else None
+
     def returned(self, slot_number: int, ended: Iterable[int]) -> None:
         """The slot's step came back: every sampling span grew by a token, `ended` left the ring."""
         slot = self._slots[slot_number]

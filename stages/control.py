@@ -145,8 +145,6 @@ class Peer(_Record):
     name: Name
     host: str = Field(min_length=1, max_length=255)
     port: Port
-    certificate: str = Field(min_length=1, max_length=8192)
-    """PEM; its sha256 is the pin of that name."""
 
 
 class Topology(_Message):
@@ -164,13 +162,10 @@ class Topology(_Message):
 
 
 class Ready(_Message):
-    """A stage has its weights, and room for so many tokens; its links come next."""
+    """A stage has its weights and its KV cache; its links come next."""
 
     kind = Kind.READY
     epoch: Epoch
-    kv_capacity_tokens: Count
-    load_s: Seconds
-    rss_bytes: Count
 
 
 class LinkReport(_Record):
@@ -242,7 +237,6 @@ class Rows(_Message):
     """The driver hands the head a lease of rows."""
 
     kind = Kind.ROWS
-    lease: Short
     rows: tuple[LeasedRow, ...]
 
 

@@ -45,8 +45,6 @@ class Head:
         self._clock = clock
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()
-        self._steps: dict[int, Step] = {}
-        """Steps in flight, by slot."""
 
     @property
     def rows(self) -> int:
@@ -79,7 +77,6 @@ class Head:
             self._replay(self._sequences.pop(number))
         if step is None:
             return None
-        self._steps[step.slot] = step
         return Work(step, self._token_ids(step), tuple(self._admits(step)))
 
     def _token_ids(self, step: Step) -> NDArray[np.int64]:
@@ -136,7 +133,7 @@ class Head:
         return answers
 
     def _returned(self, frame: int, slot: int) -> Step:
-        step = self._steps.pop(slot, None)
+        step = self._ring.step_in(slot)
         if step is None or step.frame != frame:
             raise ProtocolError(f"frame {frame} came back for slot {slot}, which waits for {step}")
         return step

@@ -163,20 +163,12 @@ class Worker:
         started = time.monotonic()
         torch.set_num_threads(self._spec.model.threads)
         compute = self._load_compute(self._spec)
-        ring, load_s = self._spec.ring, time.monotonic() - started
-        model = self._spec.model
+        load_s, model = time.monotonic() - started, self._spec.model
         log.info(
             "shard loaded member=%s layers=%d-%d seconds=%.1f",
             self._spec.member, model.first_layer, model.end_layer, load_s,
         )  # fmt: skip
-        self._driver.send(
-            Ready(
-                epoch=self._spec.epoch,
-                kv_capacity_tokens=ring.blocks * ring.block_tokens,
-                load_s=load_s,
-                rss_bytes=psutil.Process().memory_info().rss,
-            )
-        )
+        self._driver.send(Ready(epoch=self._spec.epoch))
         return compute
 
     def _join_ring(self, trust: Trust, listener: Listener, leave: contextlib.ExitStack) -> bool:

@@ -43,9 +43,9 @@ def talk(net: Net, **settings: float) -> tuple[Duplex, Mailbox, Duplex, Mailbox]
 def test_control_messages_cross_both_ways(net: Net) -> None:
     a, here, b, there = talk(net)
     a.send(Stop())
-    b.send(Rows(lease="l", rows=()))
+    b.send(Rows(rows=()))
     assert received(there.get(5)) == Stop()
-    assert received(here.get(5)) == Rows(lease="l", rows=())
+    assert received(here.get(5)) == Rows(rows=())
     part(a, b)
 
 

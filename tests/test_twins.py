@@ -1,20 +1,22 @@
 """Rows that ask the same are computed once, and only where the answer must be the same."""
 
-from dataclasses import replace
-
 import pytest
 
 from flows.job import Sampling
-from flows.lease import Lease
+from flows.lease import Lease, question
 from flows.twins import REMEMBERED, Twins
-from stages.control import Answer
+from stages.control import Answer, LeasedRow
 from storage.prompts import PromptRow
 from tests.ring import row
 
 
 def lease(number: int, ids: tuple[int, ...] = (1, 2), new_tokens: int = 4, **own: float) -> Lease:
     prompt = PromptRow(number, str(number), "hash", "p", None, {}, "prefix", 1)
-    return Lease(prompt, row(number, ids, new_tokens, **own), Sampling(), cut_short=False)
+    return of(prompt, row(number, ids, new_tokens, **own))
+
+
+def of(prompt: PromptRow, leased: LeasedRow) -> Lease:
+    return Lease(prompt, leased, Sampling(), cut_short=False, question=question(leased))
 
 
 def answer(number: int) -> Answer:
@@ -39,7 +41,7 @@ def test_twins_wait_for_the_first_and_later_ones_have_its_answer() -> None:
     [
         lease(1, ids=(1, 2, 3)),
         lease(1, new_tokens=5),
-        replace(lease(1), row=lease(1).row.model_copy(update={"stop": ("x",)})),
+        of(lease(1).prompt, lease(1).row.model_copy(update={"stop": ("x",)})),
         lease(1, temperature=0.5),
     ],
 )

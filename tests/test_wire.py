@@ -74,8 +74,8 @@ CONTROL: tuple[ControlMessage, ...] = (
     HELLO,
     Welcome(name="b", run="run-1", epoch=3, incarnation=0, last_frame=7, purpose="control"),
     Refused(reason="stranger", cause="name", epoch=3),
-    Topology(epoch=3, peers=(Peer(name="a", host="h", port=1, certificate="pem"),)),
-    Ready(epoch=3, kv_capacity_tokens=4096, load_s=1.5, rss_bytes=2**33),
+    Topology(epoch=3, peers=(Peer(name="a", host="h", port=1),)),
+    Ready(epoch=3),
     Heartbeat(
         frames=5,
         links=(
@@ -100,7 +100,6 @@ CONTROL: tuple[ControlMessage, ...] = (
         ),
     ),
     Rows(
-        lease="l-1",
         rows=(
             LeasedRow(
                 row=0,
@@ -289,7 +288,7 @@ def test_any_samples_come_back(epoch: int, number: int, tokens: list[int]) -> No
 @settings(max_examples=50, deadline=None)
 def test_any_text_comes_back(text: str, stops: list[str]) -> None:
     row = CONTROL[6].rows[0].model_copy(update={"stop": tuple(stops)})  # type: ignore[union-attr]
-    for message in (Rows(lease="l", rows=(row,)), Stop(reason=text)):
+    for message in (Rows(rows=(row,)), Stop(reason=text)):
         assert decode(read(packed(message))) == message
 
 
@@ -394,7 +393,7 @@ def test_a_lying_length_allocates_nothing(kind: Kind, size: int) -> None:
 
 def test_a_kind_without_a_place_on_the_connection_is_refused_by_its_prefix() -> None:
     with pytest.raises(FrameError, match="no place"):
-        FrameReader(RING_KINDS).feed(packed(Rows(lease="l", rows=()))[:PREFIX_BYTES])
+        FrameReader(RING_KINDS).feed(packed(Rows(rows=()))[:PREFIX_BYTES])
 
 
 def test_another_version_is_told_from_damage() -> None:
