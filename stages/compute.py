@@ -1,6 +1,7 @@
 """One stage's work on one frame: payload in, layers, payload or tokens out; no sockets."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from planner.schedule import Step
 from stages.config import StageSpec
 from stages.frame import RAW, Dtype
+from stages.halving import Halving, memory_for
 from stages.sampling import Sampler, SamplingParams
 from stages.shard import Shard, ShardSpec
 from stages.wire import Admit, SampleFrame, StepFrame
@@ -46,15 +48,20 @@ class StageCompute:
 
     def __init__(self, shard: Shard, blocks: int, block_tokens: int, epoch: int) -> None:
         self.shard = shard
-        self._cache = shard.new_cache(blocks, block_tokens)
+        with memory_for(f"the keys and values of {blocks * block_tokens} tokens"):
+            self._cache = shard.new_cache(blocks, block_tokens)
         self._sampler = Sampler()
+        self._halving = Halving()
         self._epoch = epoch
 
     @classmethod
     def load(cls, spec: StageSpec) -> "StageCompute":
-        """Load the spec's layers; raises ModelError."""
+        """Load the spec's layers; raises ModelError, and OutOfMemoryError."""
         model = spec.model
-        shard = Shard.load(ShardSpec(model.folder, model.first_layer, model.end_layer, model.dtype))
+        with memory_for(f"the weights of layers {model.first_layer}-{model.end_layer}"):
+            shard = Shard.load(
+                ShardSpec(model.folder, model.first_layer, model.end_layer, model.dtype)
+            )
         return cls(shard, spec.ring.blocks, spec.ring.block_tokens, spec.epoch)
 
     def begin(self, step: Step, ids: Tensor, admits: tuple[Admit, ...]) -> StepFrame | SampleFrame:
@@ -69,31 +76,36 @@ class StageCompute:
         self, step: Step, hidden: Tensor, admits: tuple[Admit, ...]
     ) -> StepFrame | SampleFrame:
         self._cache.apply(step)
-        out = self.shard.forward(step, hidden, self._cache)
         if self.shard.is_last:
-            return self._sampled(step, out, admits)
-        return self._passed_on(step, out, admits)
+            self._take_in(step, admits)
+            tokens = chain.from_iterable(self._halving.run(step, hidden, self._sampled))
+            return SampleFrame(self._epoch, step.frame, step.slot, tuple(tokens))
+        parts = self._halving.run(step, hidden, self._layers)
+        return self._passed_on(step, parts[0] if len(parts) == 1 else torch.cat(parts), admits)
+
+    def _layers(self, step: Step, hidden: Tensor) -> Tensor:
+        return self.shard.forward(step, hidden, self._cache)
+
+    def _sampled(self, step: Step, hidden: Tensor) -> list[int]:
+        logits = self._layers(step, hidden)
+        spans = [span for span in step.spans if span.samples]
+        if not spans:
+            return []
+        return self._sampler.sample(
+            logits, [s.sequence for s in spans], [s.start + s.tokens for s in spans]
+        )
+
+    def _take_in(self, step: Step, admits: tuple[Admit, ...]) -> None:
+        self._sampler.drop(step.ended)
+        for a in admits:
+            params = SamplingParams(a.temperature, a.top_p, a.top_k)
+            self._sampler.admit(a.sequence, params, a.key, a.seed)
 
     def _passed_on(self, step: Step, hidden: Tensor, admits: tuple[Admit, ...]) -> StepFrame:
         payload = hidden.contiguous().view(torch.uint8).numpy().data
         return StepFrame(
             self._epoch, step, hidden.shape[1], _TAGS[hidden.dtype], payload, admits=admits
         )
-
-    def _sampled(self, step: Step, logits: Tensor, admits: tuple[Admit, ...]) -> SampleFrame:
-        self._sampler.drop(step.ended)
-        for a in admits:
-            params = SamplingParams(a.temperature, a.top_p, a.top_k)
-            self._sampler.admit(a.sequence, params, a.key, a.seed)
-        spans = [span for span in step.spans if span.samples]
-        tokens = (
-            self._sampler.sample(
-                logits, [s.sequence for s in spans], [s.start + s.tokens for s in spans]
-            )
-            if spans
-            else []
-        )
-        return SampleFrame(self._epoch, step.frame, step.slot, tuple(tokens))
 
 
 def _array(frame: StepFrame) -> Tensor:

@@ -11,9 +11,13 @@ StageError
   ModelError               never retried: the model cannot be loaded or is not computed rightly here
     CheckpointError        a file or weight is missing, torn, or not safetensors
     UnsupportedModelError  a layer or flag that we would have to guess
-  NumericError             a NaN or infinity in an activation; the step fails, its rows say so
+  StepError                the step fails, and the rows that it names say so; the stage goes on
+    NumericError           a NaN or infinity in an activation
+    OutOfMemoryError       a row that does not fit into memory, not even alone
   PromptError              a row's own fault: it becomes that row's error
 """
+
+from typing import ClassVar
 
 
 class StageError(Exception):
@@ -56,12 +60,26 @@ class UnsupportedModelError(ModelError):
     """A layer, flag or attention argument that we do not know; the message names it."""
 
 
-class NumericError(StageError):
-    """A NaN or infinity in an activation or a logit of `sequences`."""
+class StepError(StageError):
+    """A step cannot be computed for `sequences`; `kind` is the error_type of their rows."""
+
+    kind: ClassVar[str]
 
     def __init__(self, message: str, sequences: tuple[int, ...]) -> None:
         super().__init__(message)
         self.sequences = sequences
+
+
+class NumericError(StepError):
+    """A NaN or infinity in an activation or a logit."""
+
+    kind = "numeric_error"
+
+
+class OutOfMemoryError(StepError):
+    """No memory, for one row's part of a step or for what a stage holds for all of them."""
+
+    kind = "out_of_memory"
 
 
 class PromptError(StageError):
