@@ -116,7 +116,9 @@ def process(run: Run, fleet: Fleet, ring: Ring) -> None:
     writer = ResultWriter(run.store, run.done)
     with shown(run.tally), run.tally.timed():
         try:
-            for row in ended_rows(run, fleet, clerk, AHEAD * ring.slots * ring.slot_rows):
+            for row in ended_rows(
+                run, fleet, clerk, AHEAD * ring.shape().capacity * ring.slot_rows
+            ):
                 if row is not None:
                     writer.append(row)
                     run.tally.count(row)

@@ -19,6 +19,7 @@ import httpx
 from prefect.exceptions import PrefectException
 
 from flows.errors import FlowError, RunError, StageLostError
+from flows.pacing import Pacer
 from flows.stage import last_words, stage
 from planner.plan import Plan, StagePlan
 from stages.codec import FAST, INT8, RAW
@@ -30,6 +31,7 @@ from stages.control import (
     Hello,
     LeasedRow,
     LinkReport,
+    OpenSlots,
     Peer,
     Ready,
     Rows,
@@ -60,6 +62,7 @@ CODECS: dict[str, Codec] = {RAW: RAW, FAST: FAST, INT8: INT8}
 """A plan's words for a link's codec, as a stage is told them."""
 STOP_S = 15.0
 """For a stage to leave after Stop; whoever stays goes when this process does."""
+PACE_EVERY_S = 1.0
 CAUSE_S = 1.0
 """When one stage dies its neighbours complain too; the dead one is known within this."""
 
@@ -123,6 +126,8 @@ class Fleet:
         self._reached_at = reached_at
         self._start = start
         self._pipelines = [tuple(s.node for s in p.stages) for p in plan.pipelines]
+        self._pacers = [Pacer(stages, settings.ring) for stages in self._pipelines]
+        self._paced_s = 0.0
         self._scratch = Scratch("run")  # it holds keys
         folder = self._scratch.path
         self._stations = {
@@ -175,12 +180,24 @@ class Fleet:
 
     def answers(self, timeout_s: float) -> tuple[Answer, ...]:
         """The next rows that ended, none if none came in time; StageLostError if a stage is lost."""
+        self._pace()
         message = self._next(timeout_s)
         if message is None:
             return ()
         if not isinstance(message, Answers):
             raise RunError(f"a head said {type(message).__name__} in place of answers")
         return message.answers
+
+    def _pace(self) -> None:
+        """Now and then, let each ring have as many micro-batches in flight as it is seen to need."""
+        if time.monotonic() - self._paced_s < PACE_EVERY_S:
+            return
+        self._paced_s, vitals = time.monotonic(), self.vitals()
+        for stages, pacer in zip(self._pipelines, self._pacers, strict=True):
+            before = pacer.slots
+            if pacer.heard(vitals):
+                log.info("micro-batches head=%s now=%d before=%d", stages[0], pacer.slots, before)
+                self._send(self._stations[stages[0]], OpenSlots(slots=pacer.slots))
 
     def vitals(self) -> dict[str, Heartbeat]:
         """Every stage's last heartbeat, by name; after `stop`, its final one."""
@@ -262,7 +279,7 @@ class Fleet:
         missing = [s.member for s in self._stations.values() if s.link is None]
         raise StageLostError(f"stages {', '.join(missing)} said nothing in {JOIN_S:.0f} s")
 
-    def _send(self, station: _Station, message: Topology | Rows) -> None:
+    def _send(self, station: _Station, message: Topology | Rows | OpenSlots) -> None:
         assert station.link is not None, "stages are joined before they are spoken to"
         try:
             station.link.send(message)

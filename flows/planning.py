@@ -15,6 +15,7 @@ from planner.plan import Pipeline, Plan, StagePlan
 from planner.prefixes import SHARE_TOKENS, marks
 from planner.schedule import CHUNK_TOKENS
 from planner.solve import solve_in_order
+from planner.tempo import MOST
 from stages.codec import INT8
 from stages.config import Ring
 from stages.errors import PromptError
@@ -79,8 +80,12 @@ def _rounding(pipeline: Pipeline) -> Pipeline:
 
 
 def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: Workload) -> Ring:
-    """The ring's settings: as many KV blocks as the rows in flight may want, or as memory allows."""
-    rows = pipeline.micro_batch_rows * pipeline.in_flight
+    """The ring's settings: as many KV blocks as the rows in flight may want, or as memory allows.
+
+    A ring of several stages may come to have more micro-batches than planned, and room for them.
+    """
+    slots = pipeline.in_flight if len(pipeline.stages) == 1 else MOST * pipeline.in_flight
+    rows = pipeline.micro_batch_rows * slots
     longest = work.prompt_tokens.p95 + work.output_tokens.p95
     each = math.ceil(longest / BLOCK_TOKENS)
     wanted = max(rows * each, math.ceil(context_tokens / BLOCK_TOKENS))
@@ -91,6 +96,7 @@ def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: W
         blocks=max(1, min(wanted, int(room) // BLOCK_TOKENS)),
         block_tokens=BLOCK_TOKENS,
         step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
+        most_slots=slots,
     )
 
 

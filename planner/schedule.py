@@ -66,12 +66,15 @@ class RingShape:
     """The settings of one pipeline's ring, from the plan."""
 
     slots: int
+    """Micro-batches in flight, until `Ring.open` says otherwise."""
     slot_rows: int
     blocks: int
     """KV blocks that every stage of the pipeline holds."""
     block_tokens: int
     step_tokens: int
     """Positions that one step may compute, decodes and prefill chunks together."""
+    most_slots: int = 0
+    """Slots that may ever be open, if more than `slots`."""
 
     def __post_init__(self) -> None:
         if min(self.slots, self.slot_rows, self.blocks, self.block_tokens) < 1:
@@ -84,6 +87,11 @@ class RingShape:
             )
         if SHARE_TOKENS % self.block_tokens:
             raise ValueError(f"block_tokens is {self.block_tokens}; it must divide {SHARE_TOKENS}")
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there are, open or not."""
+        return max(self.slots, self.most_slots)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens fills."""
@@ -147,7 +155,8 @@ class Ring:
 
     def __init__(self, shape: RingShape) -> None:
         self.shape = shape
-        self._slots = [_Slot() for _ in range(shape.slots)]
+        self._slots = [_Slot() for _ in range(shape.capacity)]
+        self._open = shape.slots
         self._sequences: dict[int, _Sequence] = {}
         self._queue: list[tuple[int, int]] = []
         self._holdings = Holdings(shape.blocks, shape.block_tokens)
@@ -176,6 +185,10 @@ class Ring:
         """Whether a sequence that grows to `tokens` can ever be admitted."""
         return self.shape.blocks_for(tokens) <= self.shape.blocks
 
+    def open(self, slots: int) -> None:
+        """Have rows enter that many slots; in others those that are there stay until they end."""
+        self._open = min(max(1, slots), self.shape.capacity)
+
     def enqueue(
         self, sequence: int, known_tokens: int, limit_tokens: int, marks: tuple[int, ...] = ()
     ) -> None:
@@ -191,14 +204,14 @@ class Ring:
 
     def next_step(self) -> Step | None:
         """The next slot's work in cyclic order; None while every slot is empty or in flight."""
-        for offset in range(self.shape.slots):
-            number = (self._next_slot + offset) % self.shape.slots
+        for offset in range(self.shape.capacity):
+            number = (self._next_slot + offset) % self.shape.capacity
             slot = self._slots[number]
             if slot.step is not None:
                 continue
             step = self._fill(number, slot)
             if step is not None:
-                self._next_slot = (number + 1) % self.shape.slots
+                self._next_slot = (number + 1) % self.shape.capacity
                 return step
         return None
 
@@ -256,7 +269,7 @@ class Ring:
         spans, grants = self._go_on(slot)
         budget = self.shape.step_tokens - sum(span.tokens for span in spans)
         blocks = sum(len(grant.blocks) for grant in grants)
-        while self._queue and len(slot.sequences) < self._target_rows():
+        while self._queue and len(slot.sequences) < self._target_rows(number):
             blocks += self._wanted_blocks()
             if grants and blocks > MAX_STEP_BLOCKS:
                 break
@@ -273,13 +286,15 @@ class Ring:
         self._next_frame += 1
         return slot.step
 
-    def _target_rows(self) -> int:
+    def _target_rows(self, slot_number: int) -> int:
         """Rows a slot should hold: few rows spread evenly, so no stage waits for a fat slot."""
+        if slot_number >= self._open:
+            return 0
         rows = self.live + self.queued
         if self._queue:
             # Where memory is short, the rows that it holds spread evenly, not the slots' capacity.
             rows = min(rows, self.live + self._holdings.free_blocks // self._wanted_blocks())
-        return min(self.shape.slot_rows, -(-rows // self.shape.slots))
+        return min(self.shape.slot_rows, -(-rows // self._open))
 
     def _wanted_blocks(self) -> int:
         """Blocks that the queue's first row is expected to need in all."""

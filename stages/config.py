@@ -28,12 +28,12 @@ class Ring(_Strict):
     blocks: Count
     block_tokens: Count
     step_tokens: Count
+    most_slots: int = Field(default=0, ge=0)
+    """Slots that the driver may come to open; it begins with `slots`."""
 
     def shape(self) -> RingShape:
         """The same, as the policy takes it."""
-        return RingShape(
-            self.slots, self.slot_rows, self.blocks, self.block_tokens, self.step_tokens
-        )
+        return RingShape(**self.model_dump())
 
 
 class Address(_Strict):

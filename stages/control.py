@@ -240,6 +240,13 @@ class Rows(_Message):
     rows: tuple[LeasedRow, ...]
 
 
+class OpenSlots(_Message):
+    """The driver has a head keep so many micro-batches in flight from now on."""
+
+    kind = Kind.OPEN_SLOTS
+    slots: int = Field(ge=1)
+
+
 class Answer(_Record):
     """How one row ended: an answer, or a typed error with its reason."""
 
@@ -315,8 +322,8 @@ class StepFailed(_Message):
 
 
 ControlMessage: TypeAlias = (
-    Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | Answers | Stop
-    | StageFailed | StepFailed | Bye
+    Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | OpenSlots | Answers
+    | Stop | StageFailed | StepFailed | Bye
 )  # fmt: skip
 Message: TypeAlias = StepFrame | SampleFrame | Ack | ProfileFrame | ProfileHeld | ControlMessage
 
@@ -329,8 +336,8 @@ _BY_KIND: dict[Kind, type[Message]] = {
     **{
         message.kind: message
         for message in (
-            Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, Answers, Stop,
-            StageFailed, StepFailed, Bye,
+            Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, OpenSlots, Answers,
+            Stop, StageFailed, StepFailed, Bye,
         )
     },
 }  # fmt: skip

@@ -75,6 +75,7 @@ class Kind(IntEnum):
     STOP = 25
     STAGE_FAILED = 26
     BYE = 27
+    OPEN_SLOTS = 28
 
 
 class Dtype(IntEnum):

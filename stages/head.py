@@ -58,6 +58,10 @@ class Head:
             stops = self._encoder.stop_scanner(row.stop) if row.stop else None
             self._enter(Sequence(row, list(row.token_ids), stops, leased_at=now))
 
+    def open_slots(self, slots: int) -> None:
+        """Keep so many micro-batches in flight from now on."""
+        self._ring.open(slots)
+
     def _replay(self, sequence: Sequence) -> None:
         """Queue a sequence again that has lost its keys and values, not its tokens."""
         sequence.replayed += sequence.computed

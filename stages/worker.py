@@ -29,6 +29,7 @@ from stages.control import (
     Heartbeat,
     Hello,
     Message,
+    OpenSlots,
     Ready,
     Rows,
     StageFailed,
@@ -40,7 +41,7 @@ from stages.control import (
 from stages.cpu_share import CpuShare
 from stages.dialing import dial, dial_once
 from stages.duplex import Duplex
-from stages.errors import LinkError, NumericError, ProtocolError, StageError
+from stages.errors import LinkError, ProtocolError, StageError, StepError
 from stages.frame import run_number
 from stages.head import Head
 from stages.identity import Identity, Member
@@ -74,7 +75,7 @@ class Worker:
         self._spec = spec
         self._load_compute = load
         self._run = run_number(spec.run)
-        self._mailbox = Mailbox(capacity=64 + spec.ring.slots)
+        self._mailbox = Mailbox(capacity=64 + spec.ring.shape().capacity)
         self.done = Tachograph()
         """What it has done so far."""
         self._outbox: Outbox | None = None
@@ -188,7 +189,7 @@ class Worker:
         self._outbox = Outbox(
             dial(trust, next_stage, place, hello, RING_S),
             self._mailbox.report_down,
-            capacity=self._spec.ring.slots,
+            capacity=self._spec.ring.shape().capacity,
             redial=partial(dial_once, trust, next_stage, place, hello, REDIAL_S),
             patience_s=self._spec.lost_after_s,
             encoder=LinkEncoder(self._run, self.levels, self._spec.codec, CpuShare(self._cpu_s)),
@@ -247,7 +248,7 @@ class Worker:
         try:
             with self._busy(frame.step.tokens):
                 return compute.go_on(frame)
-        except NumericError as error:
+        except StepError as error:
             return self._step_failed(frame.step.frame, frame.step.slot, error)
 
     def _lead(self, compute: Compute) -> None:
@@ -269,6 +270,9 @@ class Worker:
         if isinstance(message, Rows):
             head.lease(message.rows)
             return []
+        if isinstance(message, OpenSlots):
+            head.open_slots(message.slots)
+            return []
         if isinstance(message, SampleFrame):
             return head.sampled(message)
         if isinstance(message, StepFailed):
@@ -284,7 +288,7 @@ class Worker:
         try:
             with self._busy(work.step.tokens):
                 out = compute.begin(work.step, torch.from_numpy(work.token_ids), work.admits)
-        except NumericError as error:
+        except StepError as error:
             out = self._step_failed(work.step.frame, work.step.slot, error)
         if self._outbox is not None:
             self._send(out)
@@ -300,14 +304,14 @@ class Worker:
         if answers:
             self._driver.send(Answers(answers=tuple(answers)))
 
-    def _step_failed(self, frame: int, slot: int, error: NumericError) -> StepFailed:
+    def _step_failed(self, frame: int, slot: int, error: StepError) -> StepFailed:
         log.error("step failed frame=%d error=%s", frame, error)
         return StepFailed(
             epoch=self._spec.epoch,
             frame=frame,
             slot=slot,
             sequences=error.sequences,
-            error_type="numeric_error",
+            error_type=error.kind,
             message=str(error),
         )
 

@@ -25,6 +25,7 @@ from stages.control import (
     LeasedRow,
     LinkReport,
     Message,
+    OpenSlots,
     Peer,
     Ready,
     Refused,
@@ -140,6 +141,7 @@ CONTROL: tuple[ControlMessage, ...] = (
         error_type="NumericError",
         message="NaN",
     ),
+    OpenSlots(slots=7),
 )
 MESSAGES: tuple[Message, ...] = (
     step_frame(),
