@@ -8,28 +8,19 @@ token ids travel. Acknowledgements go the other way and have lines of their own.
 
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path as FilePath
 
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.activations import EXAMPLE, WINDOW_TOKENS, token_windows
+from benchmarks.far_ring import Carried, FarJob, run
 from benchmarks.pipelines import greedy_row, write_llama
 from benchmarks.record import Claim, record
-from benchmarks.wan import Namespaces, Path, Traffic, Wan, obstacle
-from flows.launch import DRIVER, Fleet, StageSettings
-from flows.links import link_rows
-from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
-from stages.codec import FAST
-from stages.config import DType, Ring
-from stages.control import LeasedRow
+from benchmarks.wan import Path, obstacle
+from flows.launch import DRIVER
 
 WIRE = Path(rate_bit_per_s=5e6, delay_s=0.020)
-STAGES = ("a", "b", "c")
-RING = tuple(zip(STAGES, (*STAGES[1:], STAGES[0]), strict=True))
 SLOTS, SLOT_ROWS = 3, 32
 PROMPT_TOKENS, NEW_TOKENS = 48, 64
 TLS_LIMIT, INTERFACE_LIMIT, RETURN_LIMIT = 1.03, 1.08, 16
@@ -37,73 +28,25 @@ TLS_LIMIT, INTERFACE_LIMIT, RETURN_LIMIT = 1.03, 1.08, 16
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A model, how it is split, and the rows to answer."""
+    """What the table calls it, and what to run."""
 
     name: str
-    folder: FilePath
-    dtype: DType
-    split: tuple[int, ...]
-    rows: Sequence[LeasedRow]
+    far: FarJob
 
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """What came of a job."""
-
-    seconds: float
-    output_tokens: int
-    links: Mapping[tuple[str, str], Mapping[str, object]]
-    """As the `links` view shows them."""
-    wire: Mapping[tuple[str, str], Traffic]
-
-    def number(self, pair: tuple[str, str], column: str) -> float:
-        """One figure of a link."""
-        figure = self.links[pair][column]
-        assert isinstance(figure, float | int)
-        return float(figure)
-
-
-def run(job: Job) -> Carried:
-    """Answer the rows over the emulated WAN."""
-    bounds = list(accumulate(job.split, initial=0))
-    placed = tuple(
-        StagePlan(name, *ends) for name, ends in zip(STAGES, pairwise(bounds), strict=True)
-    )
-    links = tuple(LinkPlan(source, target, FAST) for source, target in RING[:-1])
-    plan = Plan((Pipeline(placed, links, SLOT_ROWS, SLOTS),), 0.0, 0.0, 0.0, 0.0, "")
-    blocks = -(-(PROMPT_TOKENS + NEW_TOKENS) // 16) * SLOTS * SLOT_ROWS
-    ring = Ring(slots=SLOTS, slot_rows=SLOT_ROWS, blocks=blocks, block_tokens=16,
-                step_tokens=SLOT_ROWS + 256)  # fmt: skip
-    with Wan((*STAGES, DRIVER), WIRE, Namespaces) as wan:
-
-        def start(member: str, spec_path: str) -> None:
-            wan.popen(member, [sys.executable, "-m", "stages.worker", spec_path]).wait()
-
-        hosts = {name: wan.address(name) for name in STAGES}
-        settings = StageSettings(
-            "benchmark", job.folder, job.dtype, 1, ring, wan.address(DRIVER), hosts
-        )
-        with wan.inside(DRIVER, lambda: Fleet(plan, settings, start)) as fleet:
-            fleet.start()
-            started_s, output_tokens, left = time.perf_counter(), 0, len(job.rows)
-            fleet.lease(0, job.rows)
-            while left:
-                answers = fleet.answers(timeout_s=60.0)
-                left -= len(answers)
-                output_tokens += sum(answer.output_tokens for answer in answers)
-            seconds = time.perf_counter() - started_s
-        rows = list(link_rows(fleet.vitals(), DRIVER, fleet.control()))
-        by_pair = {(str(row["source"]), str(row["target"])): row for row in rows}
-        return Carried(seconds, output_tokens, by_pair, wan.counters())
+    @property
+    def ring(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of stages that a link joins; the last returns to the head."""
+        stages = self.far.stages
+        return tuple(zip(stages, (*stages[1:], stages[0]), strict=True))
 
 
 def claims(job: Job) -> list[Claim]:
     """The job's figures."""
-    config = AutoConfig.from_pretrained(job.folder)
-    itemsize = 4 if job.dtype == "float32" else 2
-    done = run(job)
+    config = AutoConfig.from_pretrained(job.far.folder)
+    itemsize = 4 if job.far.dtype == "float32" else 2
+    done = run(job.far)
     found = [Claim(f"{job.name}: output tokens", done.output_tokens / done.seconds, "tokens/s")]
-    for source, target in RING[:-1]:
+    for source, target in job.ring[:-1]:
         pair, where = (source, target), f"{job.name}, {source} to {target}"
         ratio = done.number(pair, "ratio")
         ideal_bytes = done.number(pair, "tokens") * config.hidden_size * itemsize / ratio
@@ -124,7 +67,7 @@ def claims(job: Job) -> list[Claim]:
 
 def _elsewhere(job: Job, done: Carried) -> list[Claim]:
     """The return link, and what the other ways carry: no activation goes there."""
-    back = RING[-1]
+    back = job.ring[-1]
     tokens = done.output_tokens
     tls = done.number(back, "wire_bytes") / tokens
     interface = done.wire[back].delivered_bytes / tokens
@@ -141,7 +84,8 @@ def example_job(rows: int) -> Job:
     windows = token_windows(AutoTokenizer.from_pretrained(EXAMPLE), rows * 64 // WINDOW_TOKENS + 1)
     prompts = windows.view(-1, 64)[:rows, :PROMPT_TOKENS].tolist()
     leased = [greedy_row(i, ids, NEW_TOKENS) for i, ids in enumerate(prompts)]
-    return Job("example model, float32", EXAMPLE, "float32", (2, 2, 2), leased)
+    far = FarJob(EXAMPLE, "float32", (2, 2, 2), WIRE, SLOTS, SLOT_ROWS, leased)
+    return Job("example model, float32", far)
 
 
 def wide_job(folder: FilePath, rows: int) -> Job:
@@ -149,7 +93,8 @@ def wide_job(folder: FilePath, rows: int) -> Job:
     write_llama(folder)
     prompts = [[(7 * i + 13 * k) % 32_000 for k in range(PROMPT_TOKENS)] for i in range(rows)]
     leased = [greedy_row(i, ids, 24) for i, ids in enumerate(prompts)]
-    return Job("random model 1024 wide, bfloat16", folder, "bfloat16", (3, 3, 2), leased)
+    far = FarJob(folder, "bfloat16", (3, 3, 2), WIRE, SLOTS, SLOT_ROWS, leased)
+    return Job("random model 1024 wide, bfloat16", far)
 
 
 def main() -> None:

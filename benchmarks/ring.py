@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.record import RESULTS, Claim, record
 from benchmarks.ring_arithmetic import NETWORKS, ROWS, Cell, stage_s
+from benchmarks.ring_forecast import forecast_tokens_per_s
 from benchmarks.ring_hosts import WARM_ROUNDS, Hosts, Lap, Ran
 from benchmarks.ring_picture import draw
 from benchmarks.wan import obstacle
@@ -38,6 +39,7 @@ PICTURED = ("E2x4", "E5x8")
 MEASURED_S = 8.0
 LEAST_ROUNDS = 3
 REACHED = 0.90
+FORECAST = 0.15
 
 QUOTAS = (24, 48, 96)
 TAIL_ROWS, TAIL_SLOT_ROWS = 120, 8
@@ -73,6 +75,13 @@ def overrun_s(wanted: Lap, ran: Ran) -> float:
     return float(np.concatenate(late).mean())
 
 
+def forecast_claim(name: str, wanted: Lap, ran: Ran) -> Claim:
+    """The simulator's rate of the whole lap, over what was measured of it."""
+    rate = sum(wanted.quotas) / ran.seconds
+    over = forecast_tokens_per_s(wanted) / rate
+    return Claim(f"{name}: simulated, over measured", over, "ratio", 1 - FORECAST, 1 + FORECAST)
+
+
 def cell_claims(hosts: Hosts, name: str, cell: Cell, pictures: dict[str, Ran]) -> list[Claim]:
     """One cell: ours with the codec off and on, and what it is compared with."""
     slots = cell.slots
@@ -101,6 +110,7 @@ def cell_claims(hosts: Hosts, name: str, cell: Cell, pictures: dict[str, Ran]) -
               rate * cell.pushed_s() / ROWS, "ratio"),
         Claim(f"{name}: over C, through a client alone (computed)",
               rate * cell.relayed_s() / ROWS, "ratio"),
+        forecast_claim(name, wanted, ours),
         Claim(f"{name}: this machine wakes a stage too late by", 1e3 * overrun_s(wanted, ours),
               "ms a step"),
         Claim(f"{name}: mean row latency", ours.token_s, "s a token"),
@@ -139,10 +149,12 @@ def tail_claims(hosts: Hosts) -> list[Claim]:
     quotas = [QUOTAS[row % len(QUOTAS)] for row in range(TAIL_ROWS)]
     slots = math.ceil(cell.loop_s(TAIL_SLOT_ROWS) / stage_s(TAIL_SLOT_ROWS)) + 1
     paces = (1.0,) * cell.stages
-    seconds = []
+    seconds, forecasts = [], []
     for name, asked in (("continuous", quotas), ("static", [max(QUOTAS)] * TAIL_ROWS)):
         wanted = Lap(paces, cell.network.path, slots, asked, TAIL_SLOT_ROWS)
-        seconds.append(measured(hosts, f"long tail, {name}", wanted).seconds)
+        ran = measured(hosts, f"long tail, {name}", wanted)
+        seconds.append(ran.seconds)
+        forecasts.append(forecast_claim(f"long tail, {name}", wanted, ran))
     mixed = "/".join(map(str, QUOTAS))
     shape = (
         f"long tail, {TAIL_ROWS} rows of {mixed} tokens, {slots} micro-batches of {TAIL_SLOT_ROWS}"
@@ -153,6 +165,7 @@ def tail_claims(hosts: Hosts) -> list[Claim]:
               TAIL_RATIO),
         Claim("long tail: the most that unequal rows allow",
               max(QUOTAS) * len(QUOTAS) / sum(QUOTAS), "ratio"),
+        *forecasts,
     ]  # fmt: skip
 
 

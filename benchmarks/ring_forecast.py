@@ -1,0 +1,42 @@
+"""What the planner's simulator expects of a lap round timed stages, from the same facts."""
+
+from benchmarks.ring_arithmetic import HIDDEN, stage_s
+from benchmarks.ring_hosts import Lap
+from planner.facts import Cluster, LayerTimes, Lengths, Link, ModelShape, Node, Workload
+from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
+from planner.rows import Row
+from planner.simulate import simulate
+from stages.codec import RAW
+
+_STEPS = (1, 8, 32, 64)
+_AMPLE = 1e15
+
+
+def forecast_tokens_per_s(lap: Lap) -> float:
+    """Output tokens a second of the whole lap, its first and last rounds included."""
+    names = [f"n{number}" for number in range(len(lap.paces))]
+    wire = Link("", "", lap.path.delay_s, lap.path.rate_bit_per_s / 8)
+    nodes = tuple(_node(name, pace) for name, pace in zip(names, lap.paces, strict=True))
+    stages = tuple(StagePlan(name, at, at + 1) for at, name in enumerate(names))
+    ends = zip(names, [*names[1:], names[0]], strict=True)
+    links = tuple(LinkPlan(here, there, RAW) for here, there in ends)
+    pipeline = Pipeline(stages, links, lap.slot_rows, lap.slots)
+    model = ModelShape(
+        layers=len(names), hidden=HIDDEN, layer_bytes=1.0, kv_bytes_per_token_layer=1.0,
+        activation_value_bytes=2, embedding_bytes=0.0, head_bytes=0.0, flop_per_token_layer=1.0,
+    )  # fmt: skip
+    outputs = Lengths(sum(lap.quotas) / len(lap.quotas), float(max(lap.quotas)))
+    ran = simulate(
+        Plan((pipeline,), 0.0, 0.0, 0.0, 0.0, ""),
+        Cluster(nodes, default_link=wire),
+        model,
+        Workload(len(lap.quotas), Lengths(1.0, 1.0), outputs),
+        rows=[Row(1, quota) for quota in lap.quotas],
+    )
+    return ran.tokens_per_s
+
+
+def _node(name: str, pace: float) -> Node:
+    decode = tuple((rows, 1, pace * stage_s(rows)) for rows in _STEPS)
+    prefill = tuple((tokens, pace * stage_s(tokens)) for tokens in _STEPS)
+    return Node(name, _AMPLE, _AMPLE, _AMPLE, layer_s=LayerTimes(prefill, decode))
