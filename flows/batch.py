@@ -42,13 +42,16 @@ POLL_S = 0.5
 
 
 @flow(name="batch", flow_run_name="{job.name}", validate_parameters=False)
-def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
-    """Prompt rows in, result rows out; safe to run again after any crash."""
+def run_batch(job: Job, store_uri: str, stages: int, stage_bytes: float | None = None) -> Summary:
+    """Prompt rows in, result rows out; safe to run again after any crash.
+
+    Each of the stages may take `stage_bytes` of memory; by default its share of what is free.
+    """
     model = open_model(job)
     with ExitStack() as scratch:
         index = validate(job, scratch)
         # A new job is begun only when a node has shown that it computes the model rightly.
-        measured = None if is_begun(store_uri, job) else measure_nodes(job, stages)
+        measured = None if is_begun(store_uri, job) else measure_nodes(job, stages, stage_bytes)
         document = job.model_dump(mode="json")
         store = JobStore.create(store_uri, job.name, fingerprint(job, model), document)
         store.set_input(index)
@@ -56,7 +59,9 @@ def run_batch(job: Job, store_uri: str, stages: int) -> Summary:
     try:
         if run.done.pending:
             work = workload(run.done.pending, index.sample, job, model)
-            plan, settings = plan_run(run, work, measured or measure_nodes(job, stages))
+            plan, settings = plan_run(
+                run, work, measured or measure_nodes(job, stages, stage_bytes)
+            )
             fleet = Fleet(plan, settings)
             try:
                 with fleet:
@@ -85,9 +90,9 @@ def validate(job: Job, scratch: ExitStack) -> BuiltIndex:
 
 
 @task(name="measure", cache_policy=NO_CACHE)
-def measure_nodes(job: Job, stages: int) -> Measured:
+def measure_nodes(job: Job, stages: int, stage_bytes: float | None) -> Measured:
     """Check on a node that the model is computed rightly there, and how fast."""
-    return measure(job, stages)
+    return measure(job, stages, stage_bytes)
 
 
 @task(name="plan", cache_policy=NO_CACHE)

@@ -70,6 +70,15 @@ OptionalName = Annotated[
 ]
 Store = Annotated[str, typer.Option(help="The store: a folder or an fsspec URI.")]
 Stages = Annotated[int, typer.Option(min=1, max=64, help="Stage processes on this machine.")]
+StageMemory = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-3,
+        metavar="GB",
+        help="Memory that each stage may take; layers that it cannot hold stream from disk.",
+        show_default="its share of what is free",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 
@@ -89,13 +98,17 @@ def wagonway() -> None:
 
 @app.command()
 def run(
-    job_file: JobFile, store: Store = "store", stages: Stages = 1, as_json: AsJson = False
+    job_file: JobFile,
+    store: Store = "store",
+    stages: Stages = 1,
+    stage_memory: StageMemory = None,
+    as_json: AsJson = False,
 ) -> None:
     """Answer every row of a job; safe to repeat: finished rows are not computed again."""
     job = load_job(job_file)
     _require_lasting(store)
     with control_plane():
-        summary = run_batch(job, store, stages)
+        summary = run_batch(job, store, stages, _bytes(stage_memory))
     if as_json:
         _print_json(asdict(summary))
     else:
@@ -113,6 +126,7 @@ def run(
 def plan(
     job_file: OptionalJob = None,
     stages: Stages = 1,
+    stage_memory: StageMemory = None,
     cluster: WhatIf = None,
     method: Method = OURS,
     as_json: AsJson = False,
@@ -128,7 +142,7 @@ def plan(
         planned = given.plan(method)
         advice = advise(given.cluster, given.model, given.work, planned) if method == OURS else ()
     elif job is not None:
-        planned = make_plan(measure(job, stages), job_workload(job))
+        planned = make_plan(measure(job, stages, _bytes(stage_memory)), job_workload(job))
     else:
         raise JobError("name a job, or a cluster with --what-if")
     if as_json:
@@ -270,6 +284,10 @@ def doctor(as_json: AsJson = False) -> None:
                 sys.stdout.write(f"{'':8}  {finding.advice}\n")
     wrong = any(finding.verdict == "problem" for finding in findings)
     raise typer.Exit(FAILED if wrong else DONE)
+
+
+def _bytes(gigabytes: float | None) -> float | None:
+    return None if gigabytes is None else gigabytes * 1e9
 
 
 def _require_lasting(store: str) -> None:

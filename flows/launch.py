@@ -248,6 +248,7 @@ class Fleet:
                 end_layer=station.plan.end_layer,
                 dtype=settings.dtype,
                 threads=settings.threads,
+                streamed_layers=station.plan.weights_offloaded,
             ),
             ring=settings.ring,
             codec=station.codec,

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
@@ -37,8 +37,12 @@ class Measured:
     """The same for people, a line each."""
 
 
-def measure(job: Job, stages: int) -> Measured:
-    """Probe this machine for a run of so many stages; JobError for a model that must be refused."""
+def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured:
+    """Probe this machine for a run of so many stages; JobError for a model that must be refused.
+
+    `stage_bytes` is what a stage's process may take of memory in all; by default, of what is free
+    now, its share.
+    """
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // stages)
     level: Codec = INT8 if job.activations == INT8 else FAST
@@ -46,8 +50,17 @@ def measure(job: Job, stages: int) -> Measured:
     facts = _probed(spec)
     crowding = max(1.0, stages * threads / cores)
     free_bytes = psutil.virtual_memory().available
-    node_bytes = USABLE_MEMORY * free_bytes / stages
-    nodes = tuple(_node(f"local-{i}", spec, facts, node_bytes, crowding) for i in range(stages))
+    node_bytes = (stage_bytes or USABLE_MEMORY * free_bytes / stages) - facts.process_bytes
+    if node_bytes <= 0:
+        raise JobError(
+            f"a stage may take {(node_bytes + facts.process_bytes) / 1e9:.3g} GB of memory, and its "
+            f"process takes {facts.process_bytes / 1e9:.3g} GB before it holds a layer"
+        )
+    node = _node(spec, facts, node_bytes, crowding)
+    nodes = tuple(
+        replace(node, name=f"local-{i}", disk_bytes_per_s=facts.disk_bytes_per_s / stages)
+        for i in range(stages)
+    )
     links = tuple(
         Link(here.name, there.name, facts.loopback_latency_s, facts.loopback_bytes_per_s)
         for here, there in permutations(nodes, 2)
@@ -62,6 +75,9 @@ def measure(job: Job, stages: int) -> Measured:
         f"{facts.kv_bytes_per_token_layer:.0f} bytes of keys and values per token and layer",
         f"codec level {level} makes activations {codec.ratio:.2f} times smaller at "
         f"{codec.bytes_per_s / 1e6:.0f} MB/s",
+        f"a stage may hold {node_bytes / 1e9:.3g} GB beside the {facts.process_bytes / 1e9:.3g} GB of "
+        "its process; "
+        + (facts.disk_obstacle or f"layers stream at {facts.disk_bytes_per_s / 1e6:.0f} MB/s"),
         f"loopback carries {facts.loopback_bytes_per_s / 1e6:.0f} MB/s at "
         f"{1e6 * facts.loopback_latency_s:.0f} us",
     )
@@ -89,11 +105,9 @@ def _probed(spec: ProbeSpec) -> ProbeFacts:
         return ProbeFacts.model_validate_json(facts_path.read_text(encoding="utf-8"))
 
 
-def _node(
-    name: str, spec: ProbeSpec, facts: ProbeFacts, memory_bytes: float, crowding: float
-) -> Node:
+def _node(spec: ProbeSpec, facts: ProbeFacts, memory_bytes: float, crowding: float) -> Node:
     return Node(
-        name=name,
+        name="local",
         flop_per_s=facts.flop_per_token_layer * spec.prefill_tokens / facts.prefill_s / crowding,
         memory_bytes=memory_bytes,
         memory_bytes_per_s=facts.memory_bytes_per_s / crowding,

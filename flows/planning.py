@@ -10,6 +10,7 @@ from flows.errors import JobError
 from flows.job import Job, Sampling
 from flows.measure import Measured
 from flows.model import ModelFolder
+from planner.cost import STREAM_BUFFERS
 from planner.facts import InfeasibleError, Lengths, Workload
 from planner.plan import Pipeline, Plan, StagePlan
 from planner.prefixes import SHARE_TOKENS, marks
@@ -102,8 +103,9 @@ def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: W
 
 def _room_tokens(stage: StagePlan, measured: Measured) -> float:
     """Tokens whose keys and values fit beside a stage's weights."""
-    shape = measured.model
-    weights_bytes = stage.layers * shape.layer_bytes
+    shape, streamed = measured.model, stage.weights_offloaded
+    resident = stage.layers - streamed + min(streamed, STREAM_BUFFERS)
+    weights_bytes = resident * shape.layer_bytes
     if stage.first_layer == 0:
         weights_bytes += shape.embedding_bytes
     if stage.end_layer == shape.layers:

@@ -103,7 +103,11 @@ def finite(document: Any) -> Any:
 def announce(plan: Plan) -> None:
     """Say on the terminal, before any row runs, what the run will be and take."""
     places = "; ".join(
-        " -> ".join(f"{s.node} {s.first_layer}-{s.end_layer}" for s in pipeline.stages)
+        " -> ".join(
+            f"{s.node} {s.first_layer}-{s.end_layer}"
+            + (f" ({s.weights_offloaded} streamed)" if s.weights_offloaded else "")
+            for s in pipeline.stages
+        )
         + f", {pipeline.in_flight} micro-batches of {pipeline.micro_batch_rows} rows in flight"
         for pipeline in plan.pipelines
     )

@@ -146,7 +146,7 @@ def stage_table(
     best = np.full((len(nodes), model.layers), np.inf)
     offloaded = np.zeros(best.shape, np.int64)
     parked = np.zeros(best.shape)
-    # Only who has host memory to stream from has a choice to make.
+    # Only who has host memory to park in has a choice to make.
     able = [i for i, n in enumerate(nodes) if n.host_bytes and n.host_to_device_bytes_per_s]
     for fraction in PARKED_KV:
         # Two slots' KV must stay: the one computed and the one being fetched.
@@ -194,16 +194,16 @@ def _layers_to_offload(
 ) -> Floats:
     """Fewest layers whose weights must stream, shape (n, layers); infinite where none suffice."""
     k = np.arange(1.0, model.layers + 1.0)[None, :]
-    memory, host, to_device = (
-        _column([getattr(n, fact) for n in nodes])
-        for fact in ("memory_bytes", "host_bytes", "host_to_device_bytes_per_s")
-    )
+    memory = _column([n.memory_bytes for n in nodes])
+    # A disk holds the whole model already, and may hold a part of it twice.
+    host = _column([n.host_bytes or np.inf for n in nodes])
+    stream = _column([n.stream_bytes_per_s for n in nodes])
     kv = kv_layer_bytes(model, work, cell.rows)
     fixed = workspace_bytes(model, cell) + role_bytes(model, role)
     over = k * (model.layer_bytes + (1.0 - parked) * kv) + fixed - memory
     omega = np.where(over <= 0, 0.0, np.ceil(over / model.layer_bytes) + STREAM_BUFFERS)
     fits = (omega <= k) & (omega * model.layer_bytes + parked * k * kv <= host)
-    fits &= (to_device > 0) | ((omega == 0) & (parked == 0.0))
+    fits &= (stream > 0) | ((omega == 0) & (parked == 0.0))
     return np.where(fits | ((omega == 0) & (parked == 0.0)), omega, np.inf)
 
 
@@ -219,13 +219,13 @@ def _busy_s(
 ) -> Floats:
     """Seconds per row of k layers with `omega` of them and a fraction of the KV streamed."""
     fetched_kv = parked * cell.micro_batch_rows * mean_context(work)
-    to_device = _column([n.host_to_device_bytes_per_s for n in nodes])
+    stream = _column([n.stream_bytes_per_s for n in nodes])
     weights = omega * model.layer_bytes
     kv = fetched_kv * k * model.kv_bytes_per_token_layer
     rounds = decode_rounds(work, cell.draft_len)
     with np.errstate(divide="ignore", invalid="ignore"):  # no way to stream: masked by the caller
-        prefill_stream = np.where(weights > 0, weights / to_device, 0.0)
-        round_stream = np.where(weights + kv > 0, (weights + kv) / to_device, 0.0)
+        prefill_stream = np.where(weights > 0, weights / stream, 0.0)
+        round_stream = np.where(weights + kv > 0, (weights + kv) / stream, 0.0)
         life = np.maximum(k * passes.prefill_s, prefill_stream)
         life = life + rounds * np.maximum(k * passes.round_s, round_stream) + passes.beside_s
     return np.asarray(life / cell.micro_batch_rows, np.float64)

@@ -47,7 +47,7 @@ def _stage_words(
     ends = "s and the LM head" if Role.LAST in role else "s" if layers > 1 else ""
     words = f"node {name}: its {layers} layer{ends} take {_seconds(busy)} for every row"
     offloaded = int(table.weights_offloaded[order[stage], layers - 1])
-    return words + (f", {offloaded} layers streaming from host memory" if offloaded else "")
+    return words + (f", {offloaded} layers streaming" if offloaded else "")
 
 
 def basis_lines(given: Problem, cell: Cell) -> tuple[str, ...]:

@@ -43,6 +43,11 @@ class Node:
     step_s: float = 0.0
     """Seconds that a step costs beside its layers: framing, queues, bookkeeping."""
 
+    @property
+    def stream_bytes_per_s(self) -> float:
+        """Rate of offloaded weights: from host memory where there is some apart, else from disk."""
+        return self.host_to_device_bytes_per_s if self.host_bytes else self.disk_bytes_per_s
+
 
 @dataclass(frozen=True, slots=True)
 class Link:

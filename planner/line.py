@@ -212,7 +212,7 @@ class Line:
         streamed = plan.weights_offloaded * model.layer_bytes
         kv = decodes * context * model.kv_bytes_per_token_layer * plan.layers
         streamed += plan.kv_offloaded * kv
-        stream_s = streamed / node.host_to_device_bytes_per_s if streamed else 0.0
+        stream_s = streamed / node.stream_bytes_per_s if streamed else 0.0
         return max(plan.layers * step, stream_s) + node.step_s
 
 

@@ -11,7 +11,7 @@ class StagePlan:
     first_layer: int
     end_layer: int
     weights_offloaded: int = 0
-    """How many of its layers live outside the device's memory and stream through it."""
+    """How many of its layers live in host memory or on disk, and stream through the device's."""
     kv_offloaded: float = 0.0
     """Fraction of the slots' KV that is parked in host memory while they are elsewhere."""
 

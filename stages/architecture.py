@@ -4,7 +4,7 @@ Everything here happens on the meta device: no weight is read or made. What we c
 is refused by name, so that a shard which stands computes what `transformers` computes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -142,9 +142,7 @@ def cut(model: Model, first_layer: int, end_layer: int) -> None:
         raise UnsupportedModelError(
             f"layers {first_layer}-{end_layer} are not in a model of {len(layers)} layers"
         )
-    for index in range(len(layers)):
-        if not first_layer <= index < end_layer:
-            layers[index] = PassThrough(layers[index])
+    set_apart(model, [*range(first_layer), *range(end_layer, len(layers))])
     last = end_layer == len(layers)
     if not last:
         body.norm = nn.Identity()
@@ -152,6 +150,32 @@ def cut(model: Model, first_layer: int, end_layer: int) -> None:
         model.all_tied_weights_keys = {}
     if first_layer > 0 and not (last and model.all_tied_weights_keys):
         model.set_input_embeddings(nn.Identity())
+
+
+def set_apart(model: Model, layers: Sequence[int]) -> dict[int, nn.Module]:
+    """Take those layers out of a model, pass-throughs in their places; they come back by index."""
+    held = body_of(model).layers
+    taken = {index: held[index] for index in layers}
+    for index, layer in taken.items():
+        held[index] = PassThrough(layer)
+    return taken
+
+
+def put_back(model: Model, layers: Mapping[int, nn.Module]) -> None:
+    """Put layers that were set apart in their places."""
+    held = body_of(model).layers
+    for index, layer in layers.items():
+        held[index] = layer
+
+
+def hollow(model: Model) -> None:
+    """Drop all that has weights: what is left can hold single layers, one after another."""
+    body = body_of(model)
+    set_apart(model, range(len(body.layers)))
+    body.norm = nn.Identity()
+    model.set_output_embeddings(nn.Identity())
+    model.set_input_embeddings(nn.Identity())
+    model.all_tied_weights_keys = {}
 
 
 def body_of(model: Model) -> Any:

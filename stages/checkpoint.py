@@ -128,27 +128,34 @@ class Checkpoint:
         return self._files[file_name]
 
 
-def fill(
-    model: Model,
-    whole: dict[str, Tensor],
-    checkpoint: Checkpoint,
-    device: torch.device,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a shard is to be filled from, at once or layer by layer."""
+
+    checkpoint: Checkpoint
+    wanted: dict[str, str]
+    """The stored tensors that it needs, and for which of its own."""
+    dtype: torch.dtype
+    """What they are computed in, but for the few that their family computes in another."""
+    device: torch.device
+
+
+def fill(model: Model, weights: Weights) -> None:
     """Give a model on the meta device its weights, converted as its family asks for.
 
-    `whole` is the state dict of the uncut model, by which a tensor of another stage is told from a
-    tensor that belongs nowhere. Afterwards nothing is on meta and nothing is random. Raises
-    CheckpointError for a missing, misplaced or misshapen tensor.
+    The model may be a part of what the weights are for. Afterwards nothing of it is on meta and
+    nothing is random. Raises CheckpointError for a missing, misplaced or misshapen tensor.
     """
-    dtype = model.dtype
-    wanted = _wanted(model, whole, checkpoint)
+    checkpoint, dtype = weights.checkpoint, weights.dtype
+    own = model.state_dict()
+    wanted = {name: target for name, target in weights.wanted.items() if target in own}
     found, _ = convert_and_load_state_dict_in_model(
         model,
         {name: checkpoint.tensor(name) for name in wanted},
         LoadStateDictConfig(
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),
-            device_map={"": device},
+            device_map={"": weights.device},
             weight_mapping=_conversions(model),
         ),
     )
@@ -161,7 +168,7 @@ def fill(
         )
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
     _require_none(found.missing_keys, checkpoint)
-    _rebuild_buffers(model, device)
+    _rebuild_buffers(model, weights.device)
 
 
 def require_whole(model: Model, checkpoint: Checkpoint) -> None:
@@ -169,7 +176,7 @@ def require_whole(model: Model, checkpoint: Checkpoint) -> None:
 
     A stage would find what is missing too, but only of its own layers and after a long start.
     """
-    wanted = _wanted(model, model.state_dict(), checkpoint)
+    wanted = wanted_by(model, model.state_dict(), checkpoint)
     for name in wanted:
         checkpoint.tensor(name)
     stored = set(wanted.values())
@@ -200,8 +207,12 @@ def _require_none(missing: Iterable[str], checkpoint: Checkpoint) -> None:
         )
 
 
-def _wanted(model: Model, whole: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """Stored tensors that this model needs, and for which of its own; refuse one nobody needs."""
+def wanted_by(model: Model, whole: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
+    """Stored tensors that this model needs, and for which of its own; refuse one nobody needs.
+
+    `whole` is the state dict of the uncut model, by which a tensor of another stage is told from a
+    tensor that belongs nowhere, which is a CheckpointError.
+    """
     transforms = _conversions(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
@@ -239,9 +250,12 @@ def _may_be_ignored(model: Model, name: str, target: str) -> bool:
 def _rebuild_buffers(model: Model, device: torch.device) -> None:
     """Compute what no checkpoint stores (rotary frequencies, scales) by the family's own code.
 
-    Each such buffer is poisoned first, so that one which that code leaves out is found.
+    Each such buffer is poisoned first, so that one which that code leaves out is found. What was
+    rebuilt when another part was filled stands.
     """
     for name, buffer in list(model.named_non_persistent_buffers()):
+        if not buffer.is_meta:
+            continue
         owner, _, attribute = name.rpartition(".")
         poisoned = torch.full_like(buffer, _poison(buffer.dtype), device=device)
         model.get_submodule(owner)._buffers[attribute] = poisoned

@@ -56,11 +56,17 @@ class StageCompute:
 
     @classmethod
     def load(cls, spec: StageSpec) -> "StageCompute":
-        """Load the spec's layers; raises ModelError, and OutOfMemoryError."""
+        """Load the spec's layers; raises ModelError, StreamError and OutOfMemoryError."""
         model = spec.model
         with memory_for(f"the weights of layers {model.first_layer}-{model.end_layer}"):
             shard = Shard.load(
-                ShardSpec(model.folder, model.first_layer, model.end_layer, model.dtype)
+                ShardSpec(
+                    model.folder,
+                    model.first_layer,
+                    model.end_layer,
+                    model.dtype,
+                    streamed_layers=model.streamed_layers,
+                )
             )
         return cls(shard, spec.ring.blocks, spec.ring.block_tokens, spec.epoch)
 

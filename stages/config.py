@@ -51,6 +51,17 @@ class ModelSpec(_Strict):
     end_layer: int = Field(ge=1)
     dtype: DType = "auto"
     threads: Count = 1
+    streamed_layers: int = Field(default=0, ge=0)
+    """How many of the layers stream through two buffers in place of staying in memory."""
+
+    @model_validator(mode="after")
+    def _streams_what_it_has(self) -> Self:
+        if self.streamed_layers > self.end_layer - self.first_layer:
+            raise ValueError(
+                f"{self.streamed_layers} layers cannot stream of layers "
+                f"{self.first_layer}-{self.end_layer}"
+            )
+        return self
 
 
 class StageSpec(_Strict):
@@ -148,6 +159,12 @@ class ProbeFacts(_Strict):
     head_s: float
     """From hidden states to the ids of `decode_rows` greedy tokens."""
     memory_bytes_per_s: float
+    disk_bytes_per_s: float
+    """At which layers of this size stream from this node's disk; 0 where none can."""
+    disk_obstacle: str = ""
+    """Why none can."""
+    process_bytes: Count
+    """Memory of a stage's process beside its weights, its keys and values and its activations."""
     codec_ratio: float
     """Raw bytes over coded bytes of the spec's codec, for the first layer's own output."""
     codec_bytes_per_s: float

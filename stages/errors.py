@@ -14,6 +14,7 @@ StageError
   StepError                the step fails, and the rows that it names say so; the stage goes on
     NumericError           a NaN or infinity in an activation
     OutOfMemoryError       a row that does not fit into memory, not even alone
+  StreamError              never retried here: a layer that streams cannot be kept or read back
   PromptError              a row's own fault: it becomes that row's error
 """
 
@@ -58,6 +59,10 @@ class CheckpointError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """A layer, flag or attention argument that we do not know; the message names it."""
+
+
+class StreamError(StageError):
+    """A layer that streams cannot be kept where it streams from, or not be read back from there."""
 
 
 class StepError(StageError):

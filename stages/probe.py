@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from planner.schedule import Grant, Span, Step
+from stages import layer_store
 from stages.architecture import Model, body_of, read_config, whole_model
 from stages.checkpoint import Checkpoint, require_whole
 from stages.codec import decode, encode
 from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
-from stages.errors import ModelError
+from stages.errors import ModelError, StreamError
 from stages.selfcheck import check
 from stages.shard import Shard, ShardSpec
 
@@ -30,6 +32,8 @@ BLOCK_TOKENS = 16
 COPIED_BYTES = 64 * 2**20  # past every cache
 SHIPPED_BYTES = 2**20
 SHIPMENTS = 64
+STREAMED_BYTES = 128 * 2**20
+MOST_STREAMED = 16
 
 _NAMES: dict[torch.dtype, DType] = {
     torch.float32: "float32",
@@ -42,6 +46,7 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     """The facts of this node and model; raises ModelError for a model that must be refused."""
     torch.set_num_threads(spec.threads)
     check(spec.folder)
+    process_bytes = own_bytes()  # by now it has what computing takes, but no layer yet
     shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype))
     facts = shard.facts
     model = whole_model(read_config(spec.folder), facts.dtype)
@@ -49,11 +54,13 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     layer_parameters = _parameters(body_of(model).layers) / facts.model_layers
     ratio, coded_bytes_per_s = _codec(shard, spec)
     latency_s, bytes_per_s = _loopback()
+    layer_bytes = int(layer_parameters * facts.dtype.itemsize)
+    disk_bytes_per_s, disk_obstacle = _disk(layer_bytes)
     return ProbeFacts(
         dtype=_NAMES[facts.dtype],
         layers=facts.model_layers,
         hidden=facts.hidden,
-        layer_bytes=int(layer_parameters * facts.dtype.itemsize),
+        layer_bytes=layer_bytes,
         embedding_bytes=_parameters(model.get_input_embeddings()) * facts.dtype.itemsize,
         head_bytes=_parameters(model.get_output_embeddings()) * facts.dtype.itemsize,
         kv_bytes_per_token_layer=facts.kv_bytes_per_token,
@@ -62,6 +69,9 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
         decode_s=_decode_s(shard, spec),
         head_s=_head_s(shard, spec),
         memory_bytes_per_s=_memory_bytes_per_s(),
+        disk_bytes_per_s=disk_bytes_per_s,
+        disk_obstacle=disk_obstacle,
+        process_bytes=process_bytes,
         codec_ratio=ratio,
         codec_bytes_per_s=coded_bytes_per_s,
         loopback_latency_s=latency_s,
@@ -134,6 +144,21 @@ def _memory_bytes_per_s() -> float:
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / _median_s(lambda: target.copy_(source), repeats=3)
+
+
+def _disk(layer_bytes: int) -> tuple[float, str]:
+    """Bytes per second at which layers stream from disk, or 0 and why none can."""
+    layers = min(MOST_STREAMED, max(1, STREAMED_BYTES // layer_bytes))
+    try:
+        return layer_store.bytes_per_s(layer_store.scratch_folder(), layer_bytes, layers), ""
+    except StreamError as error:
+        return 0.0, str(error)
+
+
+def own_bytes() -> int:
+    """This process's memory, without what it shares with files."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def _loopback() -> tuple[float, float]:

@@ -1,22 +1,32 @@
 """A range of a model's layers, loaded and ready to compute steps; sockets are unknown here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from planner.schedule import Span, Step
-from stages.architecture import Model, body_of, cut, read_config, whole_model
+from stages.architecture import (
+    Model,
+    body_of,
+    cut,
+    hollow,
+    put_back,
+    read_config,
+    set_apart,
+    whole_model,
+)
 from stages.attention import ROUND_TOKENS, Probe, Seat, StepAttention, rounded
-from stages.checkpoint import Checkpoint, fill
+from stages.checkpoint import Checkpoint, Weights, fill, wanted_by
 from stages.errors import NumericError, ProtocolError, UnsupportedModelError
 from stages.kv_cache import KvCache, LayerKv
+from stages.streaming import LayerStream, give_back_memory, spread
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
@@ -35,6 +45,8 @@ class ShardSpec:
     dtype: str
     """One of COMPUTE_DTYPES, to which stored weights are cast; or auto: as the checkpoint says."""
     device: str = "cpu"
+    streamed_layers: int = 0
+    """How many of the layers stream through two buffers in place of staying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,7 @@ class ShardFacts:
     kv: tuple[LayerKv, ...]
     """The keys and values of each of its layers."""
     weight_bytes: int
+    """Bytes of its weights, and of the buffers through which layers stream, on its device."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -64,8 +77,12 @@ class Shard:
     Owned by one thread: a step in progress sits on the modules.
     """
 
-    def __init__(self, model: Model, seat: Seat, facts: ShardFacts) -> None:
+    def __init__(
+        self, model: Model, seat: Seat, facts: ShardFacts, stream: LayerStream | None = None
+    ) -> None:
         self.model = model
+        self.stream = stream
+        """Of the layers that do not stay; None if all do."""
         self._body = body_of(model)
         self._seat = seat
         self.facts = facts
@@ -75,19 +92,28 @@ class Shard:
         """Build the shard's modules and read its weights, and no others.
 
         Raises CheckpointError where the folder is at fault, UnsupportedModelError where we would
-        have to guess how the model computes.
+        have to guess how the model computes, StreamError where layers cannot be streamed from.
         """
         checkpoint, config = Checkpoint(spec.model), read_config(spec.model)
         device = torch.device(spec.device)
-        model = whole_model(config, _dtype(spec.dtype, config, checkpoint))
+        dtype = _dtype(spec.dtype, config, checkpoint)
+        model = whole_model(config, dtype)
         whole = dict(model.state_dict())
         cut(model, spec.first_layer, spec.end_layer)
-        fill(model, whole, checkpoint, device)
+        weights = Weights(checkpoint, wanted_by(model, whole, checkpoint), dtype, device)
+        apart = set_apart(model, spread(spec.first_layer, spec.end_layer, spec.streamed_layers))
+        stream = _stream(apart, config, weights) if apart else None
+        fill(model, weights)
+        weight_bytes = sum(weight.nbytes for weight in model.parameters())
+        if stream is not None:
+            weight_bytes += stream.buffer_bytes
+            put_back(model, apart)
+            give_back_memory()
         model.eval().requires_grad_(False)
         seat = Seat()
         for layer in body_of(model).layers[spec.first_layer : spec.end_layer]:
             seat.put_on(layer)
-        return cls(model, seat, _facts(model, seat, spec))
+        return cls(model, seat, _facts(model, seat, spec, weight_bytes), stream)
 
     @property
     def is_first(self) -> bool:
@@ -189,7 +215,22 @@ def _dtype(name: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch
     return stored
 
 
-def _facts(model: Model, seat: Seat, spec: ShardSpec) -> ShardFacts:
+def _stream(
+    layers: Mapping[int, nn.Module], config: PretrainedConfig, weights: Weights
+) -> LayerStream:
+    """Layers on meta loaded one by one, each gone from memory before the next one comes."""
+    stream = LayerStream(tuple(layers.values()), weights.device)
+    shell = whole_model(config, weights.dtype)
+    hollow(shell)
+    for index, layer in layers.items():
+        put_back(shell, {index: layer})
+        fill(shell, weights)
+        stream.keep(layer)
+        set_apart(shell, [index])
+    return stream
+
+
+def _facts(model: Model, seat: Seat, spec: ShardSpec, weight_bytes: int) -> ShardFacts:
     """What the loaded model says of itself, and what a step over nothing tells of its attention."""
     config = model.config
     return ShardFacts(
@@ -201,7 +242,7 @@ def _facts(model: Model, seat: Seat, spec: ShardSpec) -> ShardFacts:
         dtype=model.dtype,
         device=torch.device(spec.device),
         kv=_probed(model, seat, spec),
-        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+        weight_bytes=weight_bytes,
     )
 
 

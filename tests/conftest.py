@@ -50,6 +50,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def big_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without a tokenizer whose weights are large beside a process: 411 MB."""
+    from tests.models import write_big_model  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("big")
+    write_big_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finished_job(
     tiny_model: Path, prefect_api: str, tmp_path_factory: pytest.TempPathFactory
 ) -> "FinishedJob":

@@ -3,10 +3,12 @@
 Weights are spread wider than a fresh initialisation, so that every flag and every bias matters.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from stages.architecture import Model
+from stages.checkpoint import INDEX
 from stages.selfcheck import randomise
 
 torch.set_num_threads(1)  # cores are shared with the stages of other tests
@@ -76,6 +79,25 @@ def write_random_model(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer().save_pretrained(folder)
     return model
+
+
+def write_big_model(folder: Path) -> None:
+    """A random Llama of 8 layers in two files, stored in bf16: 411 MB once in float32."""
+    width = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64}
+    config = AutoConfig.for_model("llama", **{**SMALL, **width, **heads})
+    config.save_pretrained(folder)
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build(config).state_dict().items()}
+    names = list(shapes)
+    weight_map: dict[str, str] = {}
+    for file, some in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        stored = {name: torch.rand(shapes[name]).bfloat16() for name in some}
+        save_file(stored, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(some, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def random_model(family: str, seed: int, **config: Any) -> Model:

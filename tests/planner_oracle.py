@@ -50,7 +50,7 @@ def best_stage_s(
             continue
         weights = streamed * model.layer_bytes
         fetched = parked * layers * b * mean_context(work) * model.kv_bytes_per_token_layer
-        to_device = node.host_to_device_bytes_per_s
+        to_device = node.host_to_device_bytes_per_s if node.host_bytes else node.disk_bytes_per_s
         stream_s = (weights + fetched) / to_device if weights + fetched else 0.0
         life = max(prefill, weights / to_device if weights else 0.0)
         life += rounds * max(decode, stream_s) + beside
@@ -71,7 +71,11 @@ def _fits(
     resident = layers - streamed + min(streamed, STREAM_BUFFERS)
     device = resident * model.layer_bytes + layers * (1 - parked) * kv + fixed
     host = streamed * model.layer_bytes + layers * parked * kv
-    if device > node.memory_bytes or host > node.host_bytes:
+    if device > node.memory_bytes:
+        return False
+    if not node.host_bytes:
+        return not parked and (not streamed or node.disk_bytes_per_s > 0)
+    if host > node.host_bytes:
         return False
     if parked and (1 - parked) * cell.in_flight < STREAM_BUFFERS:
         return False
@@ -273,6 +277,7 @@ def _random_node(pick: random.Random, i: int, layer_bytes: float, layers: int, n
         memory_bytes_per_s=pick.uniform(5e10, 1e12),
         host_bytes=pick.choice([0.0, 4.0]) * share,
         host_to_device_bytes_per_s=pick.choice([0.0, 1e10, 3e10]),
+        disk_bytes_per_s=pick.choice([0.0, 2e9]),
         up_bytes_per_s=pick.choice([math.inf, 1e7]),
         step_s=pick.choice([0.0, 1e-3]),
     )

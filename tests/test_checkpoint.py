@@ -222,27 +222,8 @@ for end in (4, 8):
 """Bytes that half of the model's layers, then all, add to an empty worker; and their weights."""
 
 
-def write_big_model(folder: Path) -> None:
-    """A random Llama of 8 layers in two files, stored in bf16: 411 MB once in float32."""
-    width = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64}
-    config = AutoConfig.for_model("llama", **{**SMALL, **width, **heads})
-    config.save_pretrained(folder)
-    build: Any = AutoModelForCausalLM.from_config
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in build(config).state_dict().items()}
-    names = list(shapes)
-    weight_map: dict[str, str] = {}
-    for file, some in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
-        stored = {name: torch.rand(shapes[name]).bfloat16() for name in some}
-        save_file(stored, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(some, file)
-    index(weight_map)(folder)
-
-
-def test_half_of_the_layers_takes_at_most_six_tenths_of_the_memory(tmp_path: Path) -> None:
-    write_big_model(tmp_path)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+def test_half_of_the_layers_takes_at_most_six_tenths_of_the_memory(big_model: Path) -> None:
+    command = [sys.executable, "-c", MEASURE, str(big_model)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     half, half_weights, whole, whole_weights = map(int, printed.split())
     assert whole_weights >= 400e6
