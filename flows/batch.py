@@ -27,7 +27,7 @@ from planner.plan import Plan
 from stages.config import Ring
 from storage.compact import MAX_LIVE_PARTS, compact
 from storage.errors import StoreError
-from storage.export import export, require_target
+from storage.export import export, require_own, require_target
 from storage.index import BuiltIndex, built_index
 from storage.progress import progress
 from storage.results import ResultRow, ResultWriter
@@ -84,6 +84,7 @@ def validate(job: Job, scratch: ExitStack) -> BuiltIndex:
     if job.results is not None:
         try:
             require_target(job.results)
+            require_own(job.results, job.name)
         except StoreError as error:
             raise JobError(f"results: {error}") from error
     return scratch.enter_context(built_index(prompt_source(job)))

@@ -4,21 +4,15 @@ Exit status: 0 done, 1 some rows failed or the run failed, 2 the job, its input 
 130 interrupted.
 """
 
-import json
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pa_parquet
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from flows.batch import run_batch
 from flows.doctor import examine
@@ -28,7 +22,7 @@ from flows.imagine import OURS, REHEARSED, Course, job_workload, read_what_if, w
 from flows.job import load_job
 from flows.measure import measure
 from flows.planning import make_plan
-from flows.report import finite
+from flows.tables import Format, print_json, print_table, say
 from planner.advice import Advice, advise
 from planner.baselines import METHODS, policy_of
 from planner.explain import explain
@@ -82,15 +76,6 @@ StageMemory = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 
-class Format(StrEnum):
-    """How a query's result is printed."""
-
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
-    PARQUET = "parquet"
-
-
 @app.callback()
 def wagonway() -> None:
     """Large offline LLM jobs on a few unequal nodes joined by slow links."""
@@ -110,14 +95,12 @@ def run(
     with control_plane():
         summary = run_batch(job, store, stages, _bytes(stage_memory))
     if as_json:
-        _print_json(asdict(summary))
+        print_json(asdict(summary))
     else:
         rate = f"{summary.tokens_per_s:,.0f} tokens/s, {3600 * summary.rows_per_s:,.0f} rows/hour"
-        Console().print(
+        say(
             f"{summary.job}: {summary.rows_ok:,} rows answered, {summary.rows_failed:,} failed, "
-            f"{summary.rows_earlier:,} of them by earlier runs; {summary.seconds:.1f} s, {rate}",
-            highlight=False,
-            soft_wrap=True,
+            f"{summary.rows_earlier:,} of them by earlier runs; {summary.seconds:.1f} s, {rate}"
         )
     raise typer.Exit(FAILED if summary.rows_failed else DONE)
 
@@ -146,9 +129,9 @@ def plan(
     else:
         raise JobError("name a job, or a cluster with --what-if")
     if as_json:
-        _print_json(as_mapping(planned))
+        print_json(as_mapping(planned))
     else:
-        Console(soft_wrap=True).print(explain(planned, advice), highlight=False)
+        say(explain(planned, advice))
 
 
 @app.command(name="simulate")
@@ -195,9 +178,9 @@ def simulate_plan(  # noqa: PLR0913, PLR0917  a command's options are its parame
     if as_json:
         document = asdict(replace(seen, trace=()))
         document |= {"tokens_per_s": seen.tokens_per_s, "rows_per_s": seen.rows_per_s}
-        _print_json({"plan": as_mapping(planned), "simulated": document})
+        print_json({"plan": as_mapping(planned), "simulated": document})
         return
-    Console(soft_wrap=True).print(_run_words(planned, seen), highlight=False)
+    say(_run_words(planned, seen))
 
 
 def _run_words(planned: Plan, seen: Simulated) -> str:
@@ -220,11 +203,11 @@ def _run_words(planned: Plan, seen: Simulated) -> str:
 def status(job: OptionalName = None, store: Store = "store", as_json: AsJson = False) -> None:
     """How far each job of the store is, or one job."""
     name = _job_name(job) if job else None
-    _print_table(sql_query(store, _STATUS, name), Format.JSON if as_json else Format.TABLE)
+    print_table(sql_query(store, _STATUS, name), Format.JSON if as_json else Format.TABLE)
     if name is not None and not as_json:
         links = sql_query(store, _LINKS, name)
         if links.num_rows:
-            _print_table(links, Format.TABLE)
+            print_table(links, Format.TABLE)
 
 
 _STATUS = """
@@ -256,7 +239,7 @@ def query(
     ] = Format.TABLE,
 ) -> None:
     """Ask questions in SQL about prompts, results, errors, pending, jobs, runs, stages, links, nodes."""
-    _print_table(sql_query(store, sql, job), fmt)
+    print_table(sql_query(store, sql, job), fmt)
 
 
 @app.command()
@@ -264,10 +247,10 @@ def verify(job: JobName, store: Store = "store", as_json: AsJson = False) -> Non
     """Prove that every row of a job has exactly one result and that every file is whole."""
     found = verify_store(JobStore.open(store, _job_name(job)))
     if as_json:
-        _print_json(asdict(found) | {"complete": found.complete})
+        print_json(asdict(found) | {"complete": found.complete})
     else:
         lines = found.problems() or [f"{found.rows:,} rows, each with one result; all parts whole"]
-        sys.stdout.write("\n".join(lines) + "\n")
+        say("\n".join(lines))
     raise typer.Exit(DONE if found.complete else FAILED)
 
 
@@ -276,12 +259,12 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what of this host makes links slow or runs fail, and what to do about it."""
     findings = examine()
     if as_json:
-        _print_json([asdict(finding) for finding in findings])
+        print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            sys.stdout.write(f"{finding.verdict:8}{finding.name}: {finding.found}\n")
+            say(f"{finding.verdict:8}{finding.name}: {finding.found}")
             if finding.advice:
-                sys.stdout.write(f"{'':8}  {finding.advice}\n")
+                say(f"{'':8}  {finding.advice}")
     wrong = any(finding.verdict == "problem" for finding in findings)
     raise typer.Exit(FAILED if wrong else DONE)
 
@@ -304,31 +287,12 @@ def _job_name(job: str) -> str:
     return load_job(Path(job)).name if Path(job).is_file() else job
 
 
-def _print_json(document: object) -> None:
-    sys.stdout.write(json.dumps(finite(document), indent=1, default=str) + "\n")
-
-
-def _print_table(table: pa.Table, fmt: Format) -> None:
-    if fmt is Format.JSON:
-        _print_json(table.to_pylist())
-    elif fmt is Format.CSV:
-        pa_csv.write_csv(table, sys.stdout.buffer)
-    elif fmt is Format.PARQUET:
-        pa_parquet.write_table(table, pa.PythonFile(sys.stdout.buffer, mode="w"))
-    else:
-        shown = Table(*table.column_names)
-        for row in table.to_pylist():
-            shown.add_row(*("" if value is None else str(value) for value in row.values()))
-        console = Console()
-        # What is not read on a terminal is cut nowhere.
-        (console if console.is_terminal else Console(width=10_000)).print(shown)
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `wagonway` and `python -m flows`."""
     status = exit_status(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):  # who read it has left; the work is done
+            stream.flush()
     # Everything is closed by now. An ordinary exit would wait for Prefect's background threads, and
     # they keep DuckDB's types alive, of which its binding then complains for fifty lines.
     os._exit(status)
@@ -341,18 +305,23 @@ def exit_status(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:  # how typer ends every command, and refuses wrong usage
         status = int(ended.code or DONE)
         if status == INTERRUPTED:
-            sys.stderr.write(f"wagonway: interrupted\n{CONTINUES}")
+            _complain(f"interrupted\n{CONTINUES}")
         return status
     except (JobError, InputError, FingerprintError, JobNotFoundError, QueryError) as error:
-        sys.stderr.write(f"wagonway: {error}\n")
+        _complain(f"{error}\n")
         return USAGE
     except RunError as error:
-        sys.stderr.write(f"wagonway: {error}\n{CONTINUES}")
+        _complain(f"{error}\n{CONTINUES}")
         return FAILED
     except StorageError as error:
-        sys.stderr.write(f"wagonway: {error}\n")
+        _complain(f"{error}\n")
         return FAILED
     raise AssertionError("typer ends every command by SystemExit")
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it; the exit status says it too
+        sys.stderr.write(f"wagonway: {text}")
 
 
 if __name__ == "__main__":

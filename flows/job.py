@@ -72,6 +72,8 @@ class Job(_Strict):
     draft: Literal["none"] = "none"
     activations: Literal["exact", "int8"] = "exact"
     """What stages pass to one another: the same bits, or, lossy, eight bits a number."""
+    ignored_rules: tuple[str, ...] = ()
+    """Settings of the model's generation config that this job does without, repetition_penalty say."""
     prompts: Prompts
     sampling: Sampling = Sampling()
     results: Uri | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from flows.errors import JobError
 from flows.job import Job
 from stages.errors import ModelError, PromptError
+from stages.generation import rules_of
 from stages.prompt import PromptEncoder
 from storage.prompts import PromptRow
 
@@ -64,6 +65,7 @@ def open_model(job: Job) -> ModelFolder:
     _require_whole(folder, weights)
     try:
         encoder = PromptEncoder.load(folder, job.prompts.special_tokens)
+        _require_plain(folder, job.ignored_rules)
     except ModelError as error:
         raise JobError(str(error)) from error
     if job.prompts.messages_column and not encoder.has_template:
@@ -71,6 +73,17 @@ def open_model(job: Job) -> ModelFolder:
     context_tokens = _config_count(folder, "max_position_embeddings")
     vocabulary = _config_count(folder, "vocab_size")
     return ModelFolder(folder, _digest(folder, weights), context_tokens, vocabulary, encoder)
+
+
+def _require_plain(folder: Path, ignored: tuple[str, ...]) -> None:
+    """JobError for a generation config by which `generate` would not take the likeliest tokens."""
+    rules = {name: rule for name, rule in rules_of(folder).items() if name not in ignored}
+    if rules:
+        named = ", ".join(f"{name} {rule!r:.60}" for name, rule in rules.items())
+        raise JobError(
+            f"{folder}: its generation config asks for {named}, which is not applied here; to answer "
+            f"without, write `ignored_rules: [{', '.join(rules)}]` into the job"
+        )
 
 
 def _config_count(folder: Path, name: str) -> int:

@@ -100,6 +100,13 @@ def finite(document: Any) -> Any:
     return document
 
 
+class Screen(Console):
+    """Where people look. That nobody does any more (`head`, a pager that quit) ends nothing."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process here."""
+
+
 def announce(plan: Plan) -> None:
     """Say on the terminal, before any row runs, what the run will be and take."""
     places = "; ".join(
@@ -111,7 +118,7 @@ def announce(plan: Plan) -> None:
         + f", {pipeline.in_flight} micro-batches of {pipeline.micro_batch_rows} rows in flight"
         for pipeline in plan.pipelines
     )
-    Console(stderr=True, soft_wrap=True).print(
+    Screen(stderr=True, soft_wrap=True, markup=False).print(
         f"plan: layers {places}; {plan.tokens_per_s:,.0f} tokens/s, and {plan.finish_s:,.0f} s if "
         "every row runs to its limit",
         highlight=False,
@@ -121,7 +128,7 @@ def announce(plan: Plan) -> None:
 @contextmanager
 def shown(tally: Tally) -> Iterator[None]:
     """Show the tally on the terminal, and as a progress artifact where a Prefect run is on."""
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     with ExitStack() as stack:
         if console.is_terminal:
             bar = stack.enter_context(_bar(console))

@@ -16,7 +16,8 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from stages.errors import PromptError
-from stages.tokenizer import end_ids, load_tokenizer, tokenizer_digest, written_tokens
+from stages.generation import end_ids
+from stages.tokenizer import load_tokenizer, tokenizer_digest, written_tokens
 
 SpecialTokens = Literal["parse", "text"]
 

@@ -4,11 +4,11 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from stages.errors import CheckpointError
+from stages.generation import read_json
 
 _DECIDING_FILES = (
     "tokenizer.json",
@@ -38,8 +38,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _tokenizer_class(folder: Path) -> type[PreTrainedTokenizerFast]:
     """The class that transformers' AutoTokenizer picks; that one itself would import torch."""
-    named = str(_read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
-    own = _NAMED_CLASSES.get(_read_json(folder / "config.json").get("model_type", ""))
+    named = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
+    own = _NAMED_CLASSES.get(read_json(folder / "config.json").get("model_type", ""))
     if own is None or own.__name__ != named.removesuffix("Fast"):
         return PreTrainedTokenizerFast
     byte_level = b'"ByteLevel"' in (folder / "tokenizer.json").read_bytes()
@@ -69,19 +69,6 @@ def _is_looked_for(token: str, template: str) -> bool:
     return re.search(rf"{looks}|{literal}\s+(?:not\s+)?in\b", template) is not None
 
 
-def end_ids(folder: Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """From the first that names any, as `generate` has it: generation config, config, tokenizer."""
-    config = _read_json(folder / "config.json")
-    sources = [_read_json(folder / "generation_config.json"), config, config.get("text_config")]
-    named: list[Any] = [source.get("eos_token_id") for source in sources if source]
-    named.append(tokenizer.eos_token_id)
-    found: Any = next((ids for ids in named if ids is not None), [])
-    ids = found if isinstance(found, list) else [found]
-    if not all(type(id) is int for id in ids):
-        raise CheckpointError(f"{folder}: eos_token_id is {found!r}, which are no token ids")
-    return frozenset(ids)
-
-
 def tokenizer_digest(folder: Path, ends: frozenset[int]) -> str:
     """sha256 of the tokenizer's files and the end tokens."""
     digest = hashlib.sha256(json.dumps(sorted(ends)).encode())
@@ -89,16 +76,3 @@ def tokenizer_digest(folder: Path, ends: frozenset[int]) -> str:
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{path.name} {len(content)} ".encode() + content)
     return digest.hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as broken:
-        raise CheckpointError(f"{path} is broken: {broken}") from broken
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is broken: it holds no JSON object")
-    return document

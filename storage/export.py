@@ -3,6 +3,10 @@
 from pathlib import Path
 from uuid import uuid4
 
+import fsspec
+import pyarrow as pa
+from pyarrow.parquet import ParquetFile
+
 from storage.errors import StoreError
 from storage.files import files_at
 from storage.schema import RESULT_SCHEMA
@@ -52,6 +56,29 @@ def require_target(target_uri: str) -> None:
         raise StoreError(f"{files.shown}: is a file, so no table can be written into it") from error
     if files.root is not None and (files.root / name).is_dir():
         raise StoreError(f"{files.root / name}: is a folder, so no table can take its place")
+
+
+def require_own(target_uri: str, job: str) -> None:
+    """StoreError for a file there that is anything but an earlier table of this job.
+
+    A finished table replaces what bears its name: that must be no prompts, and no other job's rows.
+    """
+    folder, name = _target(target_uri)
+    files = files_at(folder)
+    if not files.exists(name):
+        return
+    where = f"{files.shown}/{name}"
+    try:
+        with fsspec.open(f"{folder}/{name}") as file:
+            table = ParquetFile(file)
+            if table.schema_arrow.names != RESULT_SCHEMA.names:
+                raise StoreError(f"{where}: is no table of results, which would take its place")
+            parts = table.iter_batches(columns=["job"])
+            owners = {owner for part in parts for owner in part["job"].unique().to_pylist()}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"{where}: is no table of results, which would take its place") from error
+    if owners - {job}:
+        raise StoreError(f"{where}: holds results of job {min(owners - {job})}; name another place")
 
 
 def _target(uri: str) -> tuple[str, str]:

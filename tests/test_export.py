@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import StoreError
-from storage.export import export, require_target
+from storage.export import export, require_own, require_target
 from storage.prompts import PromptSource
 from storage.schema import RESULT_SCHEMA
 from storage.store import JobStore
@@ -65,6 +65,21 @@ def test_a_target_is_tried_and_nothing_of_the_trial_is_left(tmp_path: Path) -> N
         require_target(str(target))
     require_target("memory://anywhere")
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+
+
+def test_a_table_takes_the_place_of_an_earlier_one_of_its_job_and_of_nothing_else(
+    store: JobStore, tmp_path: Path
+) -> None:
+    for target in (str(tmp_path / "out"), "memory://owned/out.parquet"):
+        require_own(target, "demo")
+        export(store, target)
+        require_own(target, "demo")
+        with pytest.raises(StoreError, match="holds results of job demo"):
+            require_own(target, "other")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    for name in ("p.parquet", "torn.parquet"):
+        with pytest.raises(StoreError, match=f"{name}: is no table of results"):
+            require_own(str(tmp_path / name), "demo")
 
 
 @pytest.mark.parametrize("target", ["taken", "taken/below", "folder.parquet"])
