@@ -23,8 +23,8 @@ from stages.control import LeasedRow
 
 ROWS = 256
 THREADS = 2
-BATCHES = (32, 64, 128)
-TRIAL_TOKENS = 8
+BATCHES = (16, 32, 64, 128)
+TRIAL_TOKENS = 24
 """Tokens that every row makes while the best batch size is looked for."""
 SLOT_ROWS = 64
 

@@ -18,6 +18,9 @@ from planner.plan import Pipeline, Plan, StagePlan
 from stages.config import Ring
 from stages.control import Answer, Heartbeat, LeasedRow
 
+SETTLED_S = 1.5
+"""After this, stages that are loaded have said so in a heartbeat."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:
@@ -26,6 +29,9 @@ class Timed:
     answers: dict[int, Answer]
     seconds: float
     vitals: dict[str, Heartbeat]
+    """At the end."""
+    ready: dict[str, Heartbeat]
+    """Before the first lease."""
 
     @property
     def output_tokens(self) -> int:
@@ -66,9 +72,10 @@ def timed_run(
     answers: dict[int, Answer] = {}
     with Fleet(plan, settings, start=stage.fn) as fleet:
         fleet.start()
-        started = time.perf_counter()
+        time.sleep(SETTLED_S)
+        ready, started = fleet.vitals(), time.perf_counter()
         fleet.lease(0, rows)
         while len(answers) < len(rows):
             answers |= {answer.row: answer for answer in fleet.answers(timeout_s=60.0)}
         seconds = time.perf_counter() - started
-    return Timed(answers, seconds, fleet.vitals())
+    return Timed(answers, seconds, fleet.vitals(), ready)

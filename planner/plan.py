@@ -83,4 +83,5 @@ def as_mapping(plan: Plan) -> dict[str, object]:
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "gap": plan.gap,
         "binding": plan.binding,
+        "basis": plan.basis,
     }

@@ -215,6 +215,10 @@ class Heartbeat(_Message):
     frames: Count = 0
     tokens: Count = 0
     busy_s: Seconds = 0.0
+    compute_cpu_s: Seconds = 0.0
+    """Of `busy_s`, the computing thread's processor time."""
+    cpu_s: Seconds = 0.0
+    """Processor time of the whole process, from its start."""
     rss_bytes: Count = 0
     links: tuple[LinkReport, ...] = Field(default=(), max_length=MAX_MEMBERS)
 

@@ -142,6 +142,8 @@ class Worker:
             frames=self.done.frames,
             tokens=self.done.tokens,
             busy_s=self.done.busy_s,
+            compute_cpu_s=self.done.cpu_s,
+            cpu_s=time.process_time(),
             rss_bytes=psutil.Process().memory_info().rss,
             links=tuple(box.report() for box in (self._outbox, self._inbox) if box is not None),
         )

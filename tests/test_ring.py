@@ -93,8 +93,9 @@ def test_other_families_write_the_tokens_of_one_process_too(name: str, tmp_path:
         assert_same(model, prompt, found[i].output_ids, generated(model, prompt, 8))
 
 
-def test_sampled_text_does_not_depend_on_the_ring(tmp_path: Path) -> None:
-    write_random_model(tmp_path, "llama", seed=8)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_sampled_text_does_not_depend_on_the_ring(name: str, tmp_path: Path) -> None:
+    write_random_model(tmp_path, name, seed=8)
     rows = [
         row(i, ids, NEW_TOKENS, temperature=0.9, top_p=0.9, top_k=40 * (i % 2))
         for i, ids in enumerate(prompts_of(24))
