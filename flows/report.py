@@ -22,6 +22,7 @@ from prefect.exceptions import PrefectException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from planner.explain import under_way
 from planner.plan import Plan
 from storage.results import ResultRow
 
@@ -115,7 +116,7 @@ def announce(plan: Plan) -> None:
             + (f" ({s.weights_offloaded} streamed)" if s.weights_offloaded else "")
             for s in pipeline.stages
         )
-        + f", {pipeline.in_flight} micro-batches of {pipeline.micro_batch_rows} rows in flight"
+        + f", {under_way(pipeline)}"
         for pipeline in plan.pipelines
     )
     Screen(stderr=True, soft_wrap=True, markup=False).print(

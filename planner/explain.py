@@ -110,10 +110,17 @@ def _ring_words(pipeline: Pipeline) -> str:
     coded = {link.codec for link in pipeline.links} - {"raw"}
     return (
         " -> ".join(hops)
-        + f"; {pipeline.in_flight} micro-batches of {pipeline.micro_batch_rows} rows in flight"
+        + f"; {under_way(pipeline)}"
         + (f"; codec {', '.join(sorted(coded))}" if coded else "")
         + (f"; {pipeline.draft_len} drafted tokens" if pipeline.draft_len else "")
     )
+
+
+def under_way(pipeline: Pipeline) -> str:
+    """What circulates in a pipeline, in words."""
+    if pipeline.in_flight == 1:
+        return f"one micro-batch of {_count(pipeline.micro_batch_rows, 'row')} in flight"
+    return f"{pipeline.in_flight} micro-batches of {pipeline.micro_batch_rows} rows in flight"
 
 
 def _count(number: int, noun: str) -> str:
