@@ -47,6 +47,8 @@ class Lap:
     quotas: Sequence[int]
     slot_rows: int = ROWS
     levels: tuple[str, ...] = (RAW,)
+    most_slots: int = 0
+    """Micro-batches that the driver may come to open, if more than `slots`."""
     client: bool = False
     """Whether the last stage and the head are one machine, a client."""
 
@@ -75,6 +77,12 @@ class Ran:
         last = int(np.flatnonzero(tokens == self.slot_rows)[-1]) - self.slots
         assert last > first, f"{len(ends)} steps are too few for {self.slots} slots"
         return float(tokens[first + 1 : last + 1].sum() / (ends[last] - ends[first]))
+
+    def late_rows_per_s(self) -> float:
+        """Rows' steps that the last stage ends a second, in the third quarter of the run."""
+        ends, tokens = self.steps[-1][:, 1], self.steps[-1][:, 2]
+        since_s, until_s = (self.started_s + part * self.seconds for part in (0.5, 0.75))
+        return float(tokens[(ends > since_s) & (ends <= until_s)].sum() / (until_s - since_s))
 
     @property
     def token_s(self) -> float:
@@ -178,8 +186,9 @@ def _ring(lap: Lap) -> Ring:
     each = -(-(1 + max(lap.quotas)) // BLOCK_TOKENS)
     return Ring(
         slots=lap.slots,
+        most_slots=lap.most_slots,
         slot_rows=lap.slot_rows,
-        blocks=lap.slots * lap.slot_rows * each,
+        blocks=max(lap.slots, lap.most_slots) * lap.slot_rows * each,
         block_tokens=BLOCK_TOKENS,
         step_tokens=lap.slot_rows + 128,
     )

@@ -180,10 +180,13 @@ class Fleet:
 
     def answers(self, timeout_s: float) -> tuple[Answer, ...]:
         """The next rows that ended, none if none came in time; StageLostError if a stage is lost."""
-        self._pace()
-        message = self._next(timeout_s)
-        if message is None:
-            return ()
+        deadline, message = time.monotonic() + timeout_s, None
+        while message is None:
+            self._pace()
+            left = deadline - time.monotonic()
+            message = self._next(max(0.0, min(left, PACE_EVERY_S)))
+            if message is None and left <= PACE_EVERY_S:
+                return ()
         if not isinstance(message, Answers):
             raise RunError(f"a head said {type(message).__name__} in place of answers")
         return message.answers
