@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flows.errors import JobError
-from flows.job import Job, read_mapping
+from flows.job import Job
 from flows.measure import measure
 from flows.model import open_model
 from flows.planning import workload
 from flows.run import prompt_source
+from flows.yaml_file import read_mapping
 from planner.baselines import METHODS, baseline
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.leases import POLICIES, Policy

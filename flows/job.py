@@ -1,26 +1,53 @@
 """What a user submits: one job, as YAML or JSON, checked whole before anything starts."""
 
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from flows.errors import JobError
+from flows.yaml_file import read_mapping
 from storage.files import shown
+
+REASONS = {
+    "string_type": "must be text; put it in quotes",
+    "model_type": "must be a mapping of settings",
+    "invalid_key": "is no key; keys are text",
+}
+"""Pydantic's kinds of fault in words for who writes YAML; others have pydantic's own."""
 
 SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed")
 
 
 Uri = Annotated[str, Field(min_length=1), PlainSerializer(shown, when_used="json")]
 """Any fsspec URI or path. As JSON (in the store, in Prefect) it is without passwords or signatures."""
+
+
+def _number(value: object) -> object:
+    """Refuses what pydantic would read as a number: true is not 1, and "7" is text."""
+    if isinstance(value, bool | str):
+        raise ValueError(f"must be a number, not {value!r:.40}")
+    return value
+
+
+def _list(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        raise ValueError('must be a list of texts, as in ["END"]')
+    return value
+
+
+Number = BeforeValidator(_number)
 
 
 class _Strict(BaseModel):
@@ -50,15 +77,17 @@ class Prompts(_Strict):
 class Sampling(_Strict):
     """How tokens are drawn; temperature 0 is greedy."""
 
-    max_new_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 64
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    max_new_tokens: Annotated[int, Number, Field(ge=0, le=1_000_000)] = 64
+    temperature: Annotated[float, Number, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Number, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Number, Field(ge=0, le=1_000_000)] = 0
     """0 keeps the whole vocabulary."""
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=1_000)], ...] = Field(
-        default=(), max_length=16
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=1_000)], ...],
+        BeforeValidator(_list),
+        Field(max_length=16),
+    ] = ()
+    seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
 
 
 class Job(_Strict):
@@ -79,31 +108,12 @@ class Job(_Strict):
     results: Uri | None = None
     """A folder or prefix where the finished table is also written, as results.parquet."""
 
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key given twice is an error, not the last one's silent victory."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file's top-level mapping; JobError if it is none."""
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: is neither YAML nor JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise JobError(f"{path}: must be a mapping of settings, found {type(document).__name__}")
-    return document
+    @field_validator("model")
+    @classmethod
+    def _is_here(cls, model: str) -> str:
+        if "://" in model:
+            raise ValueError(f"{model!r} is not supported: download it, and name its folder here")
+        return model
 
 
 def load_job(path: Path) -> Job:
@@ -114,19 +124,25 @@ def load_job(path: Path) -> Job:
         raise JobError(f"{path}: {sentences(error)}") from error
     folder = path.resolve().parent
     prompts = job.prompts.model_copy(update={"uri": _located(job.prompts.uri, folder)})
-    update: dict[str, Any] = {"prompts": prompts, "model": str(folder / job.model)}
+    update: dict[str, Any] = {"prompts": prompts, "model": _located(job.model, folder)}
     if job.results is not None:
         update["results"] = _located(job.results, folder)
     return job.model_copy(update=update)
 
 
 def _located(uri: str, folder: Path) -> str:
-    return uri if "://" in uri else str(folder / uri)
+    return uri if "://" in uri else str(folder / expanduser(uri))  # noqa: PTH111  (it never raises)
 
 
 def sentences(error: ValidationError) -> str:
     """What is wrong with a job's settings, each fault with its name."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in fault['loc']) or 'job'}: {fault['msg']}"
+        f"{'.'.join(str(part) for part in fault['loc']) or 'job'}: {_reason(fault)}"
         for fault in error.errors()
     )
+
+
+def _reason(fault: ErrorDetails) -> str:
+    if fault["type"] == "value_error":  # ours, which pydantic would call a value error once more
+        return str(fault["ctx"]["error"])
+    return REASONS.get(fault["type"], fault["msg"])

@@ -56,6 +56,20 @@ def test_json_is_a_job_file_too(tmp_path: Path) -> None:
         (("name: complete", "name: a\nsampling: {seed: 9223372036854775808}"), "seed"),
         (("name: complete", "name: a\ndtype: int8"), "dtype"),
         (("name: complete", "- a"), "YAML"),
+        (("name: complete", "name: 2024-99-99"), "line 2, column 7.*2024-99-99"),
+        (("name: complete", "name: 7"), "name: must be text"),
+        (("name: complete", f"name: {'9' * 5000}"), "line 2"),
+        (("name: complete", "name: !!float abc"), "no float"),
+        (("name: complete", "name: !!timestamp abc"), "no timestamp"),
+        (("name: complete", "name: a\nresults: *b"), "line 3.*alias 'b'"),
+        (("name: complete", 'name: a\nresults: "a\\0b"'), "line 3.*NUL"),
+        (("name: complete", 'name: a\nresults: "\\ud800"'), "line 3.*surrogate"),
+        (("name: complete", "name: a\nsampling: {max_new_tokens: true}"), "max_new_tokens"),
+        (("name: complete", "name: a\nsampling: {max_new_tokens: '7'}"), "must be a number"),
+        (("name: complete", "name: a\nsampling: {temperature: true}"), "temperature"),
+        (("name: complete", "name: a\nsampling: {stop: END}"), "a list of texts"),
+        (("model: model", "model: hf://a/b"), "download it"),
+        (("{uri: prompts.parquet, prompt_column: prompt}", "p"), "a mapping"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(
@@ -65,9 +79,33 @@ def test_a_wrong_setting_is_refused_by_name(
     with pytest.raises(JobError, match=named) as refusal:
         load_job(path)
     assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"\xff\xfe\x00", b"{", b"just words"])
+def test_numbers_and_merges_are_read_as_yaml_means_them(tmp_path: Path) -> None:
+    text = (
+        "prompts: &from {uri: prompts.parquet, prompt_column: other}\n"
+        "prompts: {<<: *from, prompt_column: prompt}\n"
+    )
+    with pytest.raises(JobError, match="'prompts' is given twice"):
+        load_job(write(tmp_path, "name: a\nmodel: m\n" + text))
+    text = "sampling: {<<: {temperature: 1e-1, top_p: 0.5}, top_p: 1, max_new_tokens: 8.0}\n"
+    sampling = load_job(write(tmp_path, MINIMAL + text)).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.1, 1.0, 8)
+
+
+def test_a_home_folder_may_be_abbreviated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = MINIMAL.replace("prompts.parquet", "~/p.parquet").replace("model: m", "model: ~/m")
+    job = load_job(write(tmp_path, text + "results: ~/out\n"))
+    assert (job.model, job.prompts.uri, job.results) == (
+        "/home/me/model", "/home/me/p.parquet", "/home/me/out"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 3000, b"", b"- a\n- b\n", b"\xff\xfe\x00", b"{", b"just words"]
+)
 def test_what_is_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(content)
