@@ -1,5 +1,23 @@
-"""`python -m flows` is `wagonway`."""
+"""`python -m flows` is `wagonway`. Imports little by itself, so that Ctrl-C is heeded at once."""
 
-from flows.cli import main
+import os
+import sys
+from typing import NoReturn
 
-main()
+INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Entry point of the command; one may leave it while its libraries are still loading."""
+    try:
+        from flows.cli import main as command  # noqa: PLC0415
+
+        command()
+    except KeyboardInterrupt:
+        sys.stderr.write("wagonway: interrupted\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # as after any other end: libraries' threads are not waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -141,6 +141,21 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_is_heeded_while_libraries_load() -> None:
+    command = [WAGONWAY[0], "-X", "importtime", *WAGONWAY[1:], "doctor"]
+    with subprocess.Popen(
+        command, env=environment(""), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "pyarrow" in line)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.endswith("wagonway: interrupted\n")
+    assert "Traceback" not in said
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_in_good_order(
     tiny_model: Path, prefect_api: str, tmp_path: Path
 ) -> None:
