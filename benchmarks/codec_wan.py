@@ -30,11 +30,11 @@ from stages.errors import LinkError
 from stages.frame import Dtype, run_number
 from stages.identity import Member, load_identity, make_identity
 from stages.inbox import Inbox
-from stages.link import Trust
 from stages.link_codec import LOSSLESS, LinkEncoder
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
+from stages.trust import Trust
 from stages.wire import StepFrame
 
 RUN = "codec"

@@ -9,6 +9,7 @@ it measured, each as a line of JSON, and leaves; that ends the sender, which say
 
 import json
 import os
+import resource
 import socket
 import statistics
 import sys
@@ -26,10 +27,11 @@ from stages.errors import LinkError
 from stages.frame import Dtype, Packet, run_number
 from stages.identity import Member, load_identity
 from stages.inbox import Inbox
-from stages.link import Connection, Trust
+from stages.link import Connection
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
+from stages.trust import Trust
 from stages.wire import StepFrame
 
 RUN = "links"
@@ -63,7 +65,8 @@ class Received:
     """Of all frames, the warm-up's too."""
     message_delay_s: float
     """Median one-way delay of control messages; 0 without."""
-    cpu_s_per_frame: float
+    frame_cpu_s: tuple[float, float]
+    """Of the processor for each frame: in the program and its libraries, and in the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,7 @@ class Sent:
     """The sender's view, from the first frame to the end of the link."""
 
     congestion_control: str
-    cpu_s_per_frame: float
-    overhead_bytes_per_frame: float
-    """What TLS is handed beyond payloads."""
+    frame_cpu_s: tuple[float, float]
 
 
 def step_packet(number: int, payload: memoryview, rows: int) -> Packet:
@@ -101,24 +102,35 @@ def receive(folder: Path, address: str, transfer: Transfer) -> Received:
     threading.Thread(target=_hear, args=(messages, delays_s), daemon=True).start()
     if inbox is None:
         time.sleep(transfer.measured_s)
-        return Received(0.0, 0, statistics.median(delays_s), 0.0)
-    goodput, cpu_s = _measure(inbox, transfer)
+        return Received(0.0, 0, statistics.median(delays_s), (0.0, 0.0))
+    goodput, frame_cpu_s = _measure(inbox, transfer)
     delay_s = statistics.median(delays_s) if delays_s else 0.0
-    return Received(goodput, inbox.report().payload_bytes_received, delay_s, cpu_s)
+    return Received(goodput, inbox.report().payload_bytes_received, delay_s, frame_cpu_s)
 
 
-def _measure(inbox: Inbox, transfer: Transfer) -> tuple[float, float]:
+def _measure(inbox: Inbox, transfer: Transfer) -> tuple[float, tuple[float, float]]:
     """Payload bytes per second, and processor seconds per frame."""
-    before, cpu_s, started_s = inbox.report(), time.process_time(), time.perf_counter()
+    before, used_s, started_s = inbox.report(), _used_s(), time.perf_counter()
     time.sleep(transfer.measured_s)
-    after, cpu_s = inbox.report(), time.process_time() - cpu_s
-    seconds = time.perf_counter() - started_s
+    after, seconds = inbox.report(), time.perf_counter() - started_s
     # Bytes, not frames, so that a slow link's rate is not rounded to whole ones.
     packet = step_packet(0, memoryview(bytes(transfer.payload_bytes)), transfer.rows)
     share = transfer.payload_bytes / packet.size
     received = after.tls_bytes_received - before.tls_bytes_received
-    frames = max(1, after.frames_received - before.frames_received)
-    return share * received / seconds, cpu_s / frames
+    frames = after.frames_received - before.frames_received
+    return share * received / seconds, _by_the_frame(used_s, frames)
+
+
+def _used_s() -> tuple[float, float]:
+    """Processor seconds of this process so far: its own, and the kernel's for it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime, used.ru_stime
+
+
+def _by_the_frame(before_s: tuple[float, float], frames: int) -> tuple[float, float]:
+    """Processor seconds since then, for each of so many frames."""
+    own_s, kernel_s = (now - then for now, then in zip(_used_s(), before_s, strict=True))
+    return own_s / max(1, frames), kernel_s / max(1, frames)
 
 
 def _drain(steps: Mailbox) -> None:
@@ -142,12 +154,12 @@ def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
         duplex = Duplex(control, Mailbox())
         if not transfer.payload_bytes:
             _tell(duplex, transfer.message_every_s)
-            return Sent(control.congestion_control, 0.0, 0.0)
+            return Sent(control.congestion_control, (0.0, 0.0))
         telling = (duplex, transfer.message_every_s)
         threading.Thread(target=_tell, args=telling, daemon=True).start()
     connection = dial(trust, "b", address, _hello("a", "data"), DIAL_S, transfer.stripes)
     chosen = choose_congestion_control(connection, transfer.congestion_control)
-    cpu_s = time.process_time()
+    used_s = _used_s()
     outbox = Outbox(connection, _note_end)
     payload = memoryview(os.urandom(transfer.payload_bytes))
     number = 0
@@ -156,12 +168,9 @@ def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
             outbox.put(step_packet(number, payload, transfer.rows))
             number += 1
     except LinkError:  # the receiver has measured enough
-        cpu_s = time.process_time() - cpu_s
-    report = outbox.report()
+        frame_cpu_s = _by_the_frame(used_s, outbox.report().frames_sent)
     outbox.abort()
-    frames = max(1, report.frames_sent)
-    overhead_bytes = report.tls_bytes_sent - report.payload_bytes_sent
-    return Sent(chosen, cpu_s / frames, overhead_bytes / frames)
+    return Sent(chosen, frame_cpu_s)
 
 
 def choose_congestion_control(connection: Connection, name: str) -> str:

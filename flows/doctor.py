@@ -14,7 +14,7 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
-from stages.link import BUFFER_BYTES, link_habits
+from stages.tcp import BUFFER_BYTES, link_habits
 
 Verdict = Literal["ok", "note", "problem"]
 

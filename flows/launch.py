@@ -44,9 +44,9 @@ from stages.duplex import Duplex
 from stages.errors import LinkError, LinkTimeoutError, StageError
 from stages.greeting import Address as Place
 from stages.identity import Identity, Member, make_identity
-from stages.link import Trust
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mail, Mailbox
+from stages.trust import Trust
 from storage.scratch import Scratch
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,9 @@ from stages.frame import (
     RunMismatchError,
 )
 from stages.greeting import Address, left_s, read_greeting, send_greeting
-from stages.link import Connection, Trust, link_error, link_habits, tune
+from stages.link import Connection
+from stages.tcp import link_error, link_habits, tune
+from stages.trust import Trust
 
 
 def dial(

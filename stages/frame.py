@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeAlias
 
-import numpy as np
 import xxhash
 
 from stages.errors import FrameError, ProtocolError
@@ -40,7 +39,6 @@ _PREFIX = struct.Struct("<2sBBBBHQQIIIIIQ")
 _FRAME_FIELD = 7
 _CHECK = struct.Struct("<I")
 PREFIX_BYTES = _PREFIX.size + _CHECK.size
-_ALIGNMENT = 64  # a payload starts at a multiple of it in its buffer, ready for vector loads
 
 
 class VersionMismatchError(ProtocolError):
@@ -172,9 +170,9 @@ def check_place(label: Label, run: int, epoch: int | None) -> None:
 
 def seal(label: Label, header: bytes, payload: Bytes) -> Packet:
     """The packet of a frame; raises FrameError where a peer would refuse it."""
-    body = _flat(payload)
+    body = flat(payload)
     _check_label(label, len(header), len(body))
-    prefix = _packed(label, len(header), len(body), _checksum(header, body))
+    prefix = _packed(label, len(header), len(body), checksum_of(header, body))
     head = b"".join((prefix, _CHECK.pack(_prefix_check(prefix)), header))
     return Packet(head, body, label.kind, label.frame)
 
@@ -202,7 +200,7 @@ def pack(layout: str, values: Iterable[object]) -> bytes:
         raise FrameError(f"a number does not fit its place in a frame: {error}") from error
 
 
-def _flat(payload: Bytes) -> memoryview:
+def flat(payload: Bytes) -> memoryview:
     """The payload as bytes, without a copy; it must be contiguous."""
     view = memoryview(payload)
     return view.cast("B") if view.nbytes else memoryview(b"")
@@ -212,21 +210,25 @@ def _prefix_check(prefix: Bytes) -> int:
     return int(xxhash.xxh3_64_intdigest(prefix)) & 0xFFFFFFFF
 
 
-def _checksum(header: Bytes, payload: Bytes) -> int:
+def checksum_of(header: Bytes, payload: Bytes) -> int:
+    """The sum that a prefix bears over what follows it."""
     digest = xxhash.xxh3_64(header)
     digest.update(payload)
     return int(digest.intdigest())
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefix:
+class Prefix:
+    """The first bytes of a frame, read and checked: what follows, and how much of it."""
+
     label: Label
     header_bytes: int
     payload_bytes: int
     checksum: int
 
 
-def _read_prefix(raw: Bytes) -> _Prefix:
+def read_prefix(raw: Bytes) -> Prefix:
+    """What PREFIX_BYTES bytes say; raises ProtocolError where this module would not have said it."""
     magic, version, kind, dtype, codec, *numbers, checksum = _PREFIX.unpack_from(raw)
     if magic != MAGIC:
         raise FrameError("the peer does not send frames: wrong magic")
@@ -241,7 +243,7 @@ def _read_prefix(raw: Bytes) -> _Prefix:
         _KINDS[kind], run, epoch, slot, frame, rows, columns, _DTYPES[dtype], codec
     )  # in the order of its fields
     _check_label(label, header_bytes, payload_bytes)
-    return _Prefix(label, header_bytes, payload_bytes, checksum)
+    return Prefix(label, header_bytes, payload_bytes, checksum)
 
 
 def _check_label(label: Label, header_bytes: int, payload_bytes: int) -> None:
@@ -282,92 +284,3 @@ def _is_activation(label: Label, payload_bytes: int) -> bool:
 def _is_samples(label: Label, payload_bytes: int) -> bool:
     tags_fit = label.dtype is Dtype.INT32 and label.codec == RAW and label.columns == 1
     return tags_fit and label.rows <= MAX_ROWS and payload_bytes == 4 * label.rows
-
-
-class FrameReader:
-    """
-    Turns bytes, however they are split, into frames.
-
-    A socket writes straight into `buffer()` and reports with `advance()`; `feed` does both for
-    bytes that lie elsewhere. Kinds that the connection is not for are refused by their prefix.
-    After an error the reader stays broken: where one frame ends wrongly, no later byte can be
-    trusted.
-    """
-
-    def __init__(self, kinds: frozenset[Kind] = frozenset(Kind)) -> None:
-        self._kinds = kinds
-        self._prefix_bytes = memoryview(bytearray(PREFIX_BYTES))
-        self._broken: ProtocolError | None = None
-        self._expect_prefix()
-
-    def buffer(self) -> memoryview:
-        """Where the next bytes belong; never empty, and never beyond the current frame."""
-        if self._broken is not None:
-            raise self._broken
-        return self._target[self._filled :]
-
-    def advance(self, count: int) -> Frame | None:
-        """Take note of bytes written to `buffer()`; returns the frame that they complete."""
-        self._filled += count
-        if self._filled < len(self._target):
-            return None
-        try:
-            if self._prefix is None:
-                self._expect_body(_read_prefix(self._prefix_bytes))
-            return self._completed()
-        except ProtocolError as error:
-            self._broken = error
-            raise
-
-    def feed(self, piece: Bytes) -> list[Frame]:
-        """The frames that these bytes complete, in order."""
-        frames = []
-        rest = _flat(piece)
-        while rest:
-            room = self.buffer()
-            count = min(len(room), len(rest))
-            room[:count] = rest[:count]
-            rest = rest[count:]
-            frame = self.advance(count)
-            if frame is not None:
-                frames.append(frame)
-        return frames
-
-    @property
-    def between_frames(self) -> bool:
-        """Whether every byte so far belongs to a complete frame."""
-        return self._prefix is None and self._filled == 0
-
-    def finish(self) -> None:
-        """No more bytes will come; raises FrameError if they stopped inside a frame."""
-        if self._broken is not None:
-            raise self._broken
-        if not self.between_frames:
-            raise FrameError("the bytes end inside a frame")
-
-    def _expect_prefix(self) -> None:
-        self._prefix: _Prefix | None = None
-        self._target = self._prefix_bytes
-        self._filled = 0
-
-    def _expect_body(self, prefix: _Prefix) -> None:
-        if prefix.label.kind not in self._kinds:
-            raise FrameError(f"a {prefix.label.kind.name} frame has no place on this connection")
-        padding = -prefix.header_bytes % _ALIGNMENT
-        # Not zeroed: the kernel hands out pages only as bytes arrive, whatever length was claimed.
-        space = np.empty(padding + prefix.header_bytes + prefix.payload_bytes, np.uint8)
-        self._prefix = prefix
-        self._target = space.data[padding:]
-        self._filled = 0
-
-    def _completed(self) -> Frame | None:
-        prefix = self._prefix
-        assert prefix is not None
-        if self._filled < len(self._target):
-            return None
-        header = self._target[: prefix.header_bytes]
-        payload = self._target[prefix.header_bytes :]
-        if _checksum(header, payload) != prefix.checksum:
-            raise FrameError(f"{prefix.label.kind.name} frame {prefix.label.frame} is damaged")
-        self._expect_prefix()
-        return Frame(prefix.label, header, payload)

@@ -10,16 +10,9 @@ import ssl
 import time
 from typing import TypeAlias
 
-from stages.errors import (
-    LinkTimeoutError,
-    PeerClosedError,
-)
-from stages.frame import (
-    GREETING_KINDS,
-    Frame,
-    FrameReader,
-    Packet,
-)
+from stages.errors import LinkTimeoutError, PeerClosedError
+from stages.frame import GREETING_KINDS, Frame, Packet
+from stages.frame_reader import FrameReader
 
 Address: TypeAlias = tuple[str, int]
 

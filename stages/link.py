@@ -1,8 +1,8 @@
 """
 A TLS connection between two members of a plan; knows frames, but not what they mean.
 
-Each end proves the key of the certificate that the plan lists under its name; `greeting` makes
-connections, this module uses them.
+Each end proves the key of the certificate that the plan lists under its name; `dialing` and `listener`
+make connections, this module uses them.
 
 OpenSSL forbids two threads on one TLS object: a connection notices and raises. Other threads may
 only call `close`, which touches the TCP socket alone; the using thread frees the rest.
@@ -14,89 +14,24 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 from stages.control import Hello, LinkReport
-from stages.errors import (
-    LinkError,
-    LinkTimeoutError,
-    PeerClosedError,
-    PeerRefusedError,
-)
-from stages.frame import (
-    ACK_KINDS,
-    PAYLOAD_KINDS,
-    Frame,
-    FrameReader,
-    Kind,
-    Packet,
-    check_place,
-    run_number,
-)
-from stages.identity import Identity, Member, pin
+from stages.errors import LinkError, PeerClosedError
+from stages.frame import ACK_KINDS, PAYLOAD_KINDS, Frame, Kind, Packet, check_place, run_number
+from stages.frame_reader import FrameReader
 from stages.link_meter import TcpState
 from stages.send_queue import Bell
 from stages.stripes import Stripes
+from stages.tcp import congestion_control, link_error, part
 
 Purpose: TypeAlias = Literal["data", "control"]
 
 RECORD_BYTES = 16 * 2**10  # the most that TLS seals at once
 BULKY_BYTES = 2 * RECORD_BYTES  # what a receiver awaits as a whole rather than as it comes
 BULK_BYTES, BULK_MS = 2**17, 20.0  # the most that it awaits at once, and for how long
-SILENCE_MS = 60_000  # unacknowledged bytes end a connection after this; heartbeats judge sooner
-_TCP_OPTIONS = (
-    ("TCP_NODELAY", 1),
-    ("TCP_KEEPIDLE", 10),
-    ("TCP_KEEPINTVL", 10),
-    ("TCP_KEEPCNT", 3),
-    ("TCP_USER_TIMEOUT", SILENCE_MS),
-)
-
-BBR_STRIPES = 1  # more carry a little more under loss, but keep the queue before the wire full
-OTHER_STRIPES = 16
-BUFFER_BYTES = 16 * 2**20  # twice what is under way at 500 Mbit/s and a round trip of 130 ms
-_BUFFERS = (
-    (socket.SO_SNDBUF, "core/wmem_max", "ipv4/tcp_wmem"),
-    (socket.SO_RCVBUF, "core/rmem_max", "ipv4/tcp_rmem"),
-)
-"""Option, the most that a program may ask for, and the most that the kernel gives unasked."""
-
-
-class Trust:
-    """The plan's members, and TLS contexts that believe nobody else."""
-
-    def __init__(self, identity: Identity, members: Iterable[Member]) -> None:
-        self._members = tuple(members)
-        self._names = {member.pin: member.name for member in self._members}
-        if len(self._names) < len(self._members):
-            raise PeerRefusedError("the plan lists one certificate under two names")
-        self.server = self._context(ssl.PROTOCOL_TLS_SERVER, identity)
-        self.server.num_tickets = 0  # no resumption: every connection proves its key
-        self.client = self._context(ssl.PROTOCOL_TLS_CLIENT, identity)
-
-    def name_of(self, tls: ssl.SSLSocket) -> str:
-        """The member whose certificate the peer proved; PeerRefusedError if it is nobody's."""
-        certificate = tls.getpeercert(binary_form=True)
-        name = self._names.get(pin(certificate)) if certificate else None
-        if name is None:
-            raise PeerRefusedError("the peer's certificate is in no place of the plan")
-        return name
-
-    def _context(self, protocol: int, identity: Identity) -> ssl.SSLContext:
-        context = ssl.SSLContext(protocol)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
-        context.check_hostname = False  # names are the plan's, and pins say who bears them
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_cert_chain(identity.certificate_path, identity.key_path)
-        if self._members:
-            context.load_verify_locations(
-                cadata="\n".join(m.certificate_pem for m in self._members)
-            )
-        return context
 
 
 @dataclass(slots=True)
@@ -144,7 +79,7 @@ class Connection:
         self.counters = Counters()
         self.share = object()
         """Whose share of a mailbox its frames take: its own, or that of the first it replaces."""
-        self.congestion_control = _congestion_control(sockets[0])
+        self.congestion_control = congestion_control(sockets[0])
         self.sockets = tuple(sockets)
         self._tls = sockets[0]
         self._stream = Stripes(sockets) if len(sockets) > 1 else sockets[0]
@@ -348,77 +283,3 @@ def pieces(packet: Packet) -> Iterator[bytes | memoryview]:
     yield b"".join((packet.head, packet.payload[:first]))
     if len(packet.payload) > first:
         yield packet.payload[first:]
-
-
-def part(connection: socket.socket) -> None:
-    """Close after the other end could read why: closing over unread bytes would reset it."""
-    deadline_s = time.monotonic() + 1.0
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_WR)
-        connection.settimeout(1.0)
-        while time.monotonic() < deadline_s and socket.socket.recv(connection, RECORD_BYTES):
-            pass
-    connection.close()
-
-
-def tune(raw: socket.socket) -> None:
-    """Send small frames at once, notice dead peers, use BBR where allowed, hold a long wire's bytes.
-
-    Room to receive counts from the first packet on, so a listening socket is tuned before it listens.
-    """
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, explicit_limit, tuned_limit in _BUFFERS:
-        allowed = 2 * min(BUFFER_BYTES, kernel_limit(explicit_limit))  # the kernel doubles it
-        if allowed > kernel_limit(tuned_limit):
-            raw.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
-    for name, value in _TCP_OPTIONS:
-        if hasattr(socket, name):  # not every system has every option
-            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    if hasattr(socket, "TCP_CONGESTION"):
-        with contextlib.suppress(OSError):  # not allowed here: the report says what runs instead
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
-
-
-@dataclass(frozen=True, slots=True)
-class LinkHabits:
-    """What data connections get on this host."""
-
-    congestion_control: str
-    stripes: int
-    send_bytes: int
-    """The most that one TLS connection can hold."""
-    receive_bytes: int
-
-
-def link_habits() -> LinkHabits:
-    """What a socket here is given, and how many make a data connection."""
-    with socket.socket() as raw:
-        tune(raw)
-        control = _congestion_control(raw)
-        room = [
-            max(raw.getsockopt(socket.SOL_SOCKET, option), kernel_limit(tuned_limit))
-            for option, _, tuned_limit in _BUFFERS
-        ]
-    return LinkHabits(control, BBR_STRIPES if control == "bbr" else OTHER_STRIPES, *room)
-
-
-def kernel_limit(name: str) -> int:
-    """A limit under /proc/sys/net in bytes, of three numbers the last; 0 where there is none."""
-    path = Path("/proc/sys/net") / name
-    return int(path.read_text(encoding="ascii").split()[-1]) if path.is_file() else 0
-
-
-def _congestion_control(connection: socket.socket) -> str:
-    if not hasattr(socket, "TCP_CONGESTION"):
-        return "unknown"
-    name = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-    return name.rstrip(b"\0").decode("ascii")
-
-
-def link_error(place: str, error: OSError) -> LinkError:
-    """Our error for the system's, with the place that it concerns."""
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionError):
-        return PeerClosedError(f"{place} broke: {error}")
-    if isinstance(error, TimeoutError):
-        return LinkTimeoutError(f"{place} does not answer: {error}")
-    return LinkError(f"{place} failed: {error}")

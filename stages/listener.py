@@ -23,7 +23,9 @@ from stages.frame import (
     run_number,
 )
 from stages.greeting import Address, read_greeting, send_greeting
-from stages.link import Connection, Purpose, Trust, part, tune
+from stages.link import Connection, Purpose
+from stages.tcp import part, tune
+from stages.trust import Trust
 
 log = logging.getLogger(__name__)
 

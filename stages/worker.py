@@ -46,12 +46,13 @@ from stages.frame import run_number
 from stages.head import Head
 from stages.identity import Identity, Member
 from stages.inbox import Inbox
-from stages.link import Connection, Trust
+from stages.link import Connection
 from stages.link_codec import LOSSLESS, LinkDecoder, LinkEncoder
 from stages.listener import Listener
 from stages.mailbox import LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.prompt import PromptEncoder
+from stages.trust import Trust
 from stages.wire import SampleFrame, StepFrame
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,10 @@ from stages.dialing import dial
 from stages.duplex import Duplex
 from stages.frame import Dtype, Packet, run_number
 from stages.identity import Identity, Member, load_identity, make_identity
-from stages.link import Connection, Trust
+from stages.link import Connection
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mail
+from stages.trust import Trust
 from stages.wire import StepFrame
 
 RUN = "run-1"

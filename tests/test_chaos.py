@@ -24,7 +24,7 @@ from stages.dialing import dial_once
 from stages.errors import PeerRefusedError
 from stages.frame import EpochMismatchError, RunMismatchError
 from stages.identity import Identity, Member, make_identity
-from stages.link import Trust
+from stages.trust import Trust
 from tests.linked import Relay
 from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, row

@@ -8,7 +8,7 @@ import pytest
 
 from flows.cli import exit_status
 from flows.doctor import Finding, examine
-from stages.link import BBR_STRIPES, OTHER_STRIPES, link_habits, tune
+from stages.tcp import BBR_STRIPES, OTHER_STRIPES, link_habits, tune
 
 
 def test_everything_is_looked_at_and_what_is_not_right_has_advice() -> None:

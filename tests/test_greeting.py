@@ -17,8 +17,8 @@ from stages.errors import (
 )
 from stages.frame import EpochMismatchError, RunMismatchError
 from stages.identity import Member, make_identity
-from stages.link import Trust
 from stages.listener import Listener
+from stages.trust import Trust
 from tests.linked import (
     Net,
     data_hello,

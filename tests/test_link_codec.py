@@ -15,7 +15,8 @@ from stages.codec_profile import LEARNING_ROWS
 from stages.cpu_share import CpuShare
 from stages.dialing import dial_once
 from stages.errors import FrameError
-from stages.frame import Dtype, Frame, FrameReader, Kind, Packet, run_number
+from stages.frame import Dtype, Frame, Kind, Packet, run_number
+from stages.frame_reader import FrameReader
 from stages.inbox import Inbox
 from stages.link_codec import LinkDecoder, LinkEncoder
 from stages.link_meter import LinkMeter, TcpState

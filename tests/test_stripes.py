@@ -11,11 +11,12 @@ from stages.control import Hello
 from stages.dialing import dial
 from stages.errors import PeerClosedError, ProtocolError
 from stages.inbox import Inbox
-from stages.link import OTHER_STRIPES, Connection
+from stages.link import Connection
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.send_queue import Bell
 from stages.stripes import CHUNK_BYTES
+from stages.tcp import OTHER_STRIPES
 from tests.linked import Net, data_hello, step_packet, unexpected, wait_for
 
 

@@ -46,7 +46,6 @@ from stages.frame import (
     Dtype,
     EpochMismatchError,
     Frame,
-    FrameReader,
     Kind,
     Label,
     RunMismatchError,
@@ -54,6 +53,7 @@ from stages.frame import (
     check_place,
     run_number,
 )
+from stages.frame_reader import FrameReader
 from stages.wire import Ack, Admit, ProfileFrame, ProfileHeld, SampleFrame, StepFrame
 
 RUN = run_number("run-1")
