@@ -12,6 +12,11 @@ Little-endian, and written so that it is never longer than raw plus its header:
     dimension u32, each
     level fast, int8: profile u32 (0: none) | stored length u32, each plane
     payload: the planes one after the other; level raw: the elements' bytes
+
+A denser level is not built, as it needs a compiled kernel. With sign and exponent in the context of the
+most similar of the 255 rows before, and tables learned from other frames, cross-entropy promises over
+the fast level 1.06 to 1.20 times its ratio on the example model's bf16 prompts (192 KiB, boundaries 1,
+3 and 5), 1.04 to 1.13 on an encoder's, and 1.01 to 1.04 on 32 rows of unrelated texts.
 """
 
 import math
