@@ -104,7 +104,14 @@ def plan_run(run: Run, work: Workload, measured: Measured) -> tuple[Plan, StageS
     announce(plan)
     [pipeline] = plan.pipelines
     ring = ring_of(pipeline, measured, run.model.context_tokens, work)
-    settings = StageSettings(run.id, run.model.folder, run.job.dtype, measured.threads, ring)
+    settings = StageSettings(
+        run.id,
+        run.model.folder,
+        run.job.dtype,
+        measured.threads,
+        ring,
+        weights=run.job.weights,
+    )
     return plan, settings
 
 

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from flows.errors import JobError
 from flows.yaml_file import read_mapping
+from stages.config import WeightKind
 from storage.files import shown
 
 REASONS = {
@@ -101,6 +102,8 @@ class Job(_Strict):
     draft: Literal["none"] = "none"
     activations: Literal["exact", "int8"] = "exact"
     """What stages pass to one another: the same bits, or, lossy, eight bits a number."""
+    weights: WeightKind = "stored"
+    """What stages keep of the layers' linear weights: as stored, or, lossy, eight or four bits each."""
     ignored_rules: tuple[str, ...] = ()
     """Settings of the model's generation config that this job does without, repetition_penalty say."""
     prompts: Prompts

@@ -23,7 +23,7 @@ from flows.pacing import Pacer
 from flows.stage import last_words, stage
 from planner.plan import Plan, StagePlan
 from stages.codec import FAST, INT8, RAW
-from stages.config import Address, Codec, DType, ModelSpec, Ring, StageSpec
+from stages.config import Address, Codec, DType, ModelSpec, Ring, StageSpec, WeightKind
 from stages.control import (
     Answer,
     Answers,
@@ -76,6 +76,7 @@ class StageSettings:
     dtype: DType
     threads: int
     ring: Ring
+    weights: WeightKind = "stored"
     driver_host: str = HOST
     """Where the driver listens."""
     hosts: Mapping[str, str] = field(default_factory=dict)
@@ -250,6 +251,7 @@ class Fleet:
                 first_layer=station.plan.first_layer,
                 end_layer=station.plan.end_layer,
                 dtype=settings.dtype,
+                weights=settings.weights,
                 threads=settings.threads,
                 streamed_layers=station.plan.weights_offloaded,
             ),

@@ -115,6 +115,7 @@ class Clerk:
             prompt_tokens=answer.prompt_tokens,
             output_tokens=answer.output_tokens,
             activations=self._names.activations,
+            weights=self._job.weights,
             replayed_tokens=answer.replayed_tokens,
             truncated=lease.cut_short and answer.finish_reason == "length",
             queued_s=answer.queued_s,

@@ -46,7 +46,13 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // stages)
     level: Codec = INT8 if job.activations == INT8 else FAST
-    spec = ProbeSpec(folder=Path(job.model), dtype=job.dtype, threads=threads, codec=level)
+    spec = ProbeSpec(
+        folder=Path(job.model),
+        dtype=job.dtype,
+        weights=job.weights,
+        threads=threads,
+        codec=level,
+    )
     facts = _probed(spec)
     crowding = max(1.0, stages * threads / cores)
     free_bytes = psutil.virtual_memory().available
@@ -71,7 +77,8 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
         f"threads on this machine, each at 1/{crowding:.3g} of its speed alone",
         f"one layer takes {1e3 * facts.prefill_s:.2f} ms for {spec.prefill_tokens} prompt tokens, "
         f"{1e3 * facts.decode_s:.2f} ms for {spec.decode_rows} rows of {spec.context_tokens}",
-        f"{facts.layers} layers of {facts.layer_bytes / 2**20:.1f} MiB in {facts.dtype}; "
+        f"{facts.layers} layers of {facts.layer_bytes / 2**20:.1f} MiB in {facts.dtype}, "
+        f"linear weights as {job.weights}; "
         f"{facts.kv_bytes_per_token_layer:.0f} bytes of keys and values per token and layer",
         f"codec level {level} makes activations {codec.ratio:.2f} times smaller at "
         f"{codec.bytes_per_s / 1e6:.0f} MB/s",

@@ -161,6 +161,8 @@ def fingerprint(job: Job, model: ModelFolder) -> dict[str, JsonValue]:
     }
     if job.activations != "exact":  # what loses bits is named; what loses none changes no answer
         answers["activations"] = job.activations
+    if job.weights != "stored":
+        answers["weights"] = job.weights
     return answers
 
 

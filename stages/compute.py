@@ -66,6 +66,7 @@ class StageCompute:
                     model.end_layer,
                     model.dtype,
                     streamed_layers=model.streamed_layers,
+                    weights=model.weights,
                 )
             )
         return cls(shard, spec.ring.blocks, spec.ring.block_tokens, spec.epoch)

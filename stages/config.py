@@ -12,6 +12,8 @@ from planner.schedule import RingShape
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
+WeightKind = Literal["stored", "int8", "int4"]
+"""What a layer's linear weights are kept as: the job's, and all but the first are lossy."""
 Codec = Literal["raw", "fast", "int8"]
 """A link's codec level. Which of the first two is a link's own choice; int8 is the job's, and lossy."""
 
@@ -50,6 +52,7 @@ class ModelSpec(_Strict):
     first_layer: int = Field(ge=0)
     end_layer: int = Field(ge=1)
     dtype: DType = "auto"
+    weights: WeightKind = "stored"
     threads: Count = 1
     streamed_layers: int = Field(default=0, ge=0)
     """How many of the layers stream through two buffers in place of staying in memory."""
@@ -127,6 +130,7 @@ class ProbeSpec(_Strict):
 
     folder: Path
     dtype: DType = "auto"
+    weights: WeightKind = "stored"
     threads: Count = 1
     prefill_tokens: Count = 128
     decode_rows: Count = 32
@@ -147,6 +151,7 @@ class ProbeFacts(_Strict):
     layers: Count
     hidden: Count
     layer_bytes: Count
+    """In memory, as the job wants its weights."""
     embedding_bytes: Count
     head_bytes: Count
     """As many as the embedding's where they share weights, and twice in memory on two stages."""

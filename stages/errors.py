@@ -11,6 +11,7 @@ StageError
   ModelError               never retried: the model cannot be loaded or is not computed rightly here
     CheckpointError        a file or weight is missing, torn, or not safetensors
     UnsupportedModelError  a layer or flag that we would have to guess
+    MissingPackageError    a package that the job's settings need is not installed on this node
   StepError                the step fails, and the rows that it names say so; the stage goes on
     NumericError           a NaN or infinity in an activation
     OutOfMemoryError       a row that does not fit into memory, not even alone
@@ -59,6 +60,10 @@ class CheckpointError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """A layer, flag or attention argument that we do not know; the message names it."""
+
+
+class MissingPackageError(ModelError):
+    """The job asks for what an extra of this project brings, and this node has not got it."""
 
 
 class StreamError(StageError):

@@ -23,6 +23,7 @@ from stages.checkpoint import Checkpoint, require_whole
 from stages.codec import decode, encode
 from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
 from stages.errors import ModelError, StreamError
+from stages.quantize import prepare
 from stages.selfcheck import check
 from stages.shard import Shard, ShardSpec
 
@@ -46,15 +47,16 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     """The facts of this node and model; raises ModelError for a model that must be refused."""
     torch.set_num_threads(spec.threads)
     check(spec.folder)
+    prepare(spec.weights)
     process_bytes = own_bytes()  # by now it has what computing takes, but no layer yet
-    shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype))
+    shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype, weights=spec.weights))
     facts = shard.facts
     model = whole_model(read_config(spec.folder), facts.dtype)
     require_whole(model, Checkpoint(spec.folder))
     layer_parameters = _parameters(body_of(model).layers) / facts.model_layers
     ratio, coded_bytes_per_s = _codec(shard, spec)
     latency_s, bytes_per_s = _loopback()
-    layer_bytes = int(layer_parameters * facts.dtype.itemsize)
+    layer_bytes = int(layer_parameters * _bytes_per_parameter(shard, model))
     disk_bytes_per_s, disk_obstacle = _disk(layer_bytes)
     return ProbeFacts(
         dtype=_NAMES[facts.dtype],
@@ -81,6 +83,13 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
 
 def _parameters(module: Model) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes_per_parameter(shard: Shard, model: Model) -> float:
+    """What the first layer takes in memory, as the shard holds it, for each parameter of the model's."""
+    held = body_of(shard.model).layers[0].parameters()
+    held_bytes: int = sum(part.nbytes for part in held)
+    return held_bytes / _parameters(body_of(model).layers[0])
 
 
 def _median_s(act: Callable[[], object], repeats: int) -> float:

@@ -1,7 +1,7 @@
 """A range of a model's layers, loaded and ready to compute steps; sockets are unknown here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,9 +23,11 @@ from stages.architecture import (
     whole_model,
 )
 from stages.attention import ROUND_TOKENS, Probe, Seat, StepAttention, rounded
-from stages.checkpoint import Checkpoint, Weights, fill, wanted_by
+from stages.checkpoint import Checkpoint, Weights, fill, pages_apart, wanted_by
+from stages.config import WeightKind
 from stages.errors import NumericError, ProtocolError, UnsupportedModelError
 from stages.kv_cache import KvCache, LayerKv
+from stages.quantize import quantize, quantized_shape, require_quantizable
 from stages.streaming import LayerStream, give_back_memory, spread
 
 COMPUTE_DTYPES = {
@@ -47,6 +49,8 @@ class ShardSpec:
     device: str = "cpu"
     streamed_layers: int = 0
     """How many of the layers stream through two buffers in place of staying."""
+    weights: WeightKind = "stored"
+    """What its layers' linear weights are kept as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +102,18 @@ class Shard:
         device = torch.device(spec.device)
         dtype = _dtype(spec.dtype, config, checkpoint)
         model = whole_model(config, dtype)
+        require_quantizable(body_of(model).layers, spec.weights, device, config.model_type)
         whole = dict(model.state_dict())
         cut(model, spec.first_layer, spec.end_layer)
         weights = Weights(checkpoint, wanted_by(model, whole, checkpoint), dtype, device)
-        apart = set_apart(model, spread(spec.first_layer, spec.end_layer, spec.streamed_layers))
-        stream = _stream(apart, config, weights) if apart else None
-        fill(model, weights)
-        weight_bytes = sum(weight.nbytes for weight in model.parameters())
-        if stream is not None:
-            weight_bytes += stream.buffer_bytes
-            put_back(model, apart)
-            give_back_memory()
-        model.eval().requires_grad_(False)
-        seat = Seat()
-        for layer in body_of(model).layers[spec.first_layer : spec.end_layer]:
-            seat.put_on(layer)
-        return cls(model, seat, _facts(model, seat, spec, weight_bytes), stream)
+        with pages_apart():
+            stream, weight_bytes = _loaded(model, spec, weights)
+            model.eval().requires_grad_(False)
+            seat = Seat()
+            for layer in body_of(model).layers[spec.first_layer : spec.end_layer]:
+                seat.put_on(layer)
+            facts = _facts(model, seat, spec, dtype, weight_bytes)
+        return cls(model, seat, facts, stream)
 
     @property
     def is_first(self) -> bool:
@@ -215,22 +215,51 @@ def _dtype(name: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch
     return stored
 
 
-def _stream(
+def _loaded(model: Model, spec: ShardSpec, weights: Weights) -> tuple[LayerStream | None, int]:
+    """Fill a cut model; the stream of its layers that do not stay, and the bytes that all take.
+
+    Layers that stream or are rounded are loaded one by one: none is whole in memory beside another.
+    """
+    streamed = spread(spec.first_layer, spec.end_layer, spec.streamed_layers)
+    every = range(spec.first_layer, spec.end_layer)
+    apart = set_apart(model, streamed if spec.weights == "stored" else every)
+    stream = None
+    if streamed:
+        shapes = tuple(quantized_shape(apart[index], spec.weights) for index in streamed)
+        stream = LayerStream(shapes, weights.device)
+    weight_bytes = stream.buffer_bytes if stream is not None else 0
+    for index, layer in _one_by_one(apart, model.config, weights):
+        quantize(layer, spec.weights)
+        if stream is not None and index in streamed:
+            stream.keep(layer)
+        else:
+            weight_bytes += sum(weight.nbytes for weight in layer.parameters())
+    fill(model, weights)
+    weight_bytes += sum(weight.nbytes for weight in model.parameters())
+    put_back(model, apart)
+    if stream is not None:
+        give_back_memory()
+    return stream, weight_bytes
+
+
+def _one_by_one(
     layers: Mapping[int, nn.Module], config: PretrainedConfig, weights: Weights
-) -> LayerStream:
-    """Layers on meta loaded one by one, each gone from memory before the next one comes."""
-    stream = LayerStream(tuple(layers.values()), weights.device)
+) -> Iterator[tuple[int, nn.Module]]:
+    """Layers on meta, each filled just before it is handed out."""
+    if not layers:
+        return
     shell = whole_model(config, weights.dtype)
     hollow(shell)
     for index, layer in layers.items():
         put_back(shell, {index: layer})
         fill(shell, weights)
-        stream.keep(layer)
+        yield index, layer
         set_apart(shell, [index])
-    return stream
 
 
-def _facts(model: Model, seat: Seat, spec: ShardSpec, weight_bytes: int) -> ShardFacts:
+def _facts(
+    model: Model, seat: Seat, spec: ShardSpec, dtype: torch.dtype, weight_bytes: int
+) -> ShardFacts:
     """What the loaded model says of itself, and what a step over nothing tells of its attention."""
     config = model.config
     return ShardFacts(
@@ -239,20 +268,18 @@ def _facts(model: Model, seat: Seat, spec: ShardSpec, weight_bytes: int) -> Shar
         model_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
-        dtype=model.dtype,
+        dtype=dtype,  # model.dtype would be that of the first parameter, a quantized weight's too
         device=torch.device(spec.device),
-        kv=_probed(model, seat, spec),
+        kv=_probed(model, seat, spec, dtype),
         weight_bytes=weight_bytes,
     )
 
 
 @torch.inference_mode()
-def _probed(model: Model, seat: Seat, spec: ShardSpec) -> tuple[LayerKv, ...]:
+def _probed(model: Model, seat: Seat, spec: ShardSpec, dtype: torch.dtype) -> tuple[LayerKv, ...]:
     """The shape of each layer's keys and values; UnsupportedModelError unless it attends once."""
     probe, device = Probe(), torch.device(spec.device)
-    states = torch.zeros(
-        1, ROUND_TOKENS, model.config.hidden_size, dtype=model.dtype, device=device
-    )
+    states = torch.zeros(1, ROUND_TOKENS, model.config.hidden_size, dtype=dtype, device=device)
     positions = torch.arange(ROUND_TOKENS, device=device)[None]
     with seat.taken_by(probe):
         body_of(model)(inputs_embeds=states, position_ids=positions, use_cache=False)

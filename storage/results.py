@@ -54,6 +54,8 @@ class ResultRow:
     truncated: bool = False
     activations: str | None = None
     """exact or int8: what travelled between stages; None where nothing was computed."""
+    weights: str | None = None
+    """stored, int8 or int4: what the layers computed with; None where nothing was."""
     error_type: str | None = None
     error_message: str | None = None
     seed: int | None = None

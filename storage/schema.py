@@ -32,6 +32,7 @@ RESULT_SCHEMA = pa.schema(
         _required("accepted_tokens", pa.int32()),
         _required("truncated", pa.bool_()),
         pa.field("activations", pa.string()),  # exact | int8; null where nothing was computed
+        pa.field("weights", pa.string()),  # stored | int8 | int4; null likewise
         pa.field("error_type", pa.string()),
         pa.field("error_message", pa.string()),
         pa.field("seed", pa.int64()),

@@ -265,26 +265,30 @@ def test_other_sampling_under_the_same_name_is_refused(
     assert log_names(store) == log_names(finished_job.store)
 
 
-def test_a_job_that_asks_for_it_rounds_activations_and_says_so_row_by_row(
+def test_a_job_that_asks_for_it_rounds_activations_and_weights_and_says_so_row_by_row(
     finished_job: FinishedJob, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("torchao")
     rows = [*ordinary_rows(seed=2, count=40), finished_job.rows["empty"]]
     job_file = write_job(
-        tmp_path, tiny_model, rows, "prompts.parquet", activations="int8",
+        tmp_path, tiny_model, rows, "prompts.parquet", activations="int8", weights="int8",
         prompts={"prompt_column": "prompt"}, sampling={"max_new_tokens": NEW_TOKENS},
     )  # fmt: skip
     store = tmp_path / "store"
     run_batch(load_job(job_file), str(store), 2)
-    said = {name: row["activations"] for name, row in results(store).items()}
-    assert said == {row["id"]: "int8" for row in rows} | {"empty": None}
-    assert {row["activations"] for row in results(finished_job.store).values()} == {"exact", None}
+    kinds = ("activations", "weights")
+    said = {name: [row[kind] for kind in kinds] for name, row in results(store).items()}
+    assert said == {row["id"]: ["int8", "int8"] for row in rows} | {"empty": [None, None]}
+    plain = {tuple(row[kind] for kind in kinds) for row in results(finished_job.store).values()}
+    assert plain == {("exact", "stored"), (None, None)}
     [link] = query(str(store), "select * from links where codec = 'int8'").to_pylist()
     assert link["target"] == "local-1"
     assert link["payload_bytes"] < 0.5 * 64 * 4 * link["tokens"]
-    exact = job_file.with_name("exact.yaml")
-    exact.write_text(job_file.read_text().replace("int8", "exact"))
-    assert exit_status(["run", str(exact), "--store", str(store)]) == 2
-    assert "activations was" in capsys.readouterr().err
+    for kind, other in (("activations", "exact"), ("weights", "stored")):
+        changed = job_file.with_name(f"{other}.yaml")
+        changed.write_text(job_file.read_text().replace(f"{kind}: int8", f"{kind}: {other}"))
+        assert exit_status(["run", str(changed), "--store", str(store)]) == 2
+        assert f"{kind} was" in capsys.readouterr().err
 
 
 CHATS: list[Row] = [

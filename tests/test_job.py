@@ -55,6 +55,7 @@ def test_json_is_a_job_file_too(tmp_path: Path) -> None:
         (("name: complete", "name: a\nsampling: {stop: ['']}"), "stop"),
         (("name: complete", "name: a\nsampling: {seed: 9223372036854775808}"), "seed"),
         (("name: complete", "name: a\ndtype: int8"), "dtype"),
+        (("name: complete", "name: a\nweights: int2"), "weights"),
         (("name: complete", "- a"), "YAML"),
         (("name: complete", "name: 2024-99-99"), "line 2, column 7.*2024-99-99"),
         (("name: complete", "name: 7"), "name: must be text"),

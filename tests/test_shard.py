@@ -15,6 +15,7 @@ from torch import Tensor
 from planner.schedule import Grant, Ring, RingShape, Span, Step
 from stages.architecture import Model
 from stages.attention import attention_function, rounded
+from stages.config import WeightKind
 from stages.errors import NumericError, ProtocolError, UnsupportedModelError
 from stages.kv_cache import KvCache
 from stages.sampling import Sampler, SamplingParams
@@ -42,9 +43,19 @@ class Stages:
         return hidden
 
 
-def cut_into(folder: Path, stages: int, layers: int, shape: RingShape, dtype: str) -> Stages:
+def cut_into(
+    folder: Path,
+    stages: int,
+    layers: int,
+    shape: RingShape,
+    dtype: str,
+    weights: WeightKind = "stored",
+) -> Stages:
     bounds = [layers * i // stages for i in range(stages + 1)]
-    shards = [Shard.load(ShardSpec(folder, first, end, dtype)) for first, end in pairwise(bounds)]
+    shards = [
+        Shard.load(ShardSpec(folder, first, end, dtype, weights=weights))
+        for first, end in pairwise(bounds)
+    ]
     return Stages(shards, [shard.new_cache(shape.blocks, shape.block_tokens) for shard in shards])
 
 
