@@ -95,7 +95,13 @@ def run(job: FarJob) -> Carried:
 
         hosts = {name: wan.address(name) for name in job.stages}
         settings = StageSettings(
-            "benchmark", job.folder, job.dtype, 1, job.ring, wan.address(DRIVER), hosts
+            "benchmark",
+            job.folder,
+            job.dtype,
+            1,
+            job.ring,
+            driver_host=wan.address(DRIVER),
+            hosts=hosts,
         )
         answers: dict[int, Answer] = {}
         with wan.inside(DRIVER, lambda: Fleet(plan, settings, start)) as fleet:

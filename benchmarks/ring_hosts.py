@@ -147,7 +147,13 @@ class Hosts:
         plan = Plan((Pipeline(placed, (), lap.slot_rows, lap.slots),), 0.0, 0.0, 0.0, 0.0, "")
         hosts = {name: self._wan.address(name) for name in names}
         settings = StageSettings(
-            "ring", EXAMPLE, "float16", 1, _ring(lap), self._wan.address(DRIVER), hosts
+            "ring",
+            EXAMPLE,
+            "float16",
+            1,
+            _ring(lap),
+            driver_host=self._wan.address(DRIVER),
+            hosts=hosts,
         )
         rows = [greedy_row(i, [i % 4000 + 1], quota) for i, quota in enumerate(lap.quotas)]
         answers: dict[int, Answer] = {}
