@@ -57,7 +57,6 @@ SHAPES = (
     Shape(32, CONTEXT, 1),
     Shape(64, CONTEXT, 1),
     Shape(1, 0, 128),
-    Shape(4, 0, 128),
 )
 
 
@@ -177,8 +176,8 @@ def memory_claims(folder: Path) -> list[Claim]:
 def main() -> None:
     """Measure speed and memory; with --memory-of, be the process whose memory is measured."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--turns", type=int, default=5)
-    options.add_argument("--steps", type=int, default=4)
+    options.add_argument("--turns", type=int, default=3)
+    options.add_argument("--steps", type=int, default=3)
     options.add_argument("--memory-of", type=Path)
     options.add_argument("--streamed", type=int, default=STREAMED)
     chosen = options.parse_args()

@@ -116,7 +116,8 @@ class LayerStream:
         self._count = len(sizes)
         self._layers: list[_Layer] = []
         self._device = device
-        self._buffers = [_buffer(max(sizes), device) for _ in range(STREAM_BUFFERS)]
+        buffers = min(STREAM_BUFFERS, self._count)
+        self._buffers = [_buffer(max(sizes), device) for _ in range(buffers)]
         self._store: LayerStore
         if device.type == "cpu":
             self._store = LayerFile(scratch_folder(), sum(sizes))
@@ -143,7 +144,7 @@ class LayerStream:
         self._put_on(module, len(self._layers))
         self._layers.append(layer)
         if len(self._layers) == self._count:
-            for number, buffer in enumerate(self._buffers[: self._count]):
+            for number, buffer in enumerate(self._buffers):
                 self._fetch(number, buffer, None)
 
     def _put_on(self, module: nn.Module, number: int) -> None:

@@ -1,11 +1,13 @@
 """What a plan is made from, and what its ring is told: lengths that can occur, room for every row."""
 
 import json
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 
+from flows.errors import JobError
 from flows.job import Job
 from flows.measure import Measured
 from flows.model import ModelFolder, open_model
@@ -87,3 +89,40 @@ def test_a_job_that_asks_for_int8_has_it_on_every_link_that_carries_activations(
     codecs = {(link.source, link.target): link.codec for link in pipeline.links}
     assert codecs["a", "b"] == level
     assert codecs.get(("b", "a"), "raw") != "int8"
+
+
+@pytest.fixture
+def tight() -> Measured:
+    """A node with memory for six of eight layers, which reads a layer a second from its disk."""
+    node = Node(
+        name="n", flop_per_s=1e12, memory_bytes=6.5e9, memory_bytes_per_s=1e10, disk_bytes_per_s=1e9
+    )
+    shape = ModelShape(
+        layers=8, hidden=64, layer_bytes=1e9, kv_bytes_per_token_layer=1e4,
+        activation_value_bytes=4, embedding_bytes=1e8, head_bytes=1e8, flop_per_token_layer=5e8,
+    )  # fmt: skip
+    return Measured(Cluster((node,)), shape, CodecRate(1.5, 1e9), "fast", 1, ())
+
+
+NINETY = Workload(100, Lengths(50.0, 60.0), Lengths(20.0, 30.0))
+"""Rows of 90 tokens at most, or nearly so."""
+
+
+def test_a_stage_whose_layers_do_not_all_fit_streams_some_and_has_room_for_its_rows(
+    tight: Measured,
+) -> None:
+    [pipeline] = make_plan(tight, NINETY).pipelines
+    [stage], shape = pipeline.stages, tight.model
+    ring = ring_of(pipeline, tight, TINY_CONTEXT, NINETY)
+    resident = (stage.layers - stage.weights_offloaded + 2) * shape.layer_bytes + 2e8
+    kept = ring.blocks * ring.block_tokens * stage.layers * shape.kv_bytes_per_token_layer
+    assert stage.weights_offloaded >= 4
+    assert ring.blocks * ring.block_tokens >= 90 * pipeline.micro_batch_rows * pipeline.in_flight
+    assert resident + kept <= tight.cluster.node("n").memory_bytes
+
+
+def test_a_node_without_a_disk_to_stream_from_says_what_it_lacks(tight: Measured) -> None:
+    [node] = tight.cluster.nodes
+    diskless = replace(tight, cluster=Cluster((replace(node, disk_bytes_per_s=0.0),)))
+    with pytest.raises(JobError, match=r"no plan fits: memory is short by .* GB"):
+        make_plan(diskless, NINETY)
