@@ -72,6 +72,7 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
         for here, there in permutations(nodes, 2)
     )
     codec = CodecRate(facts.codec_ratio, facts.codec_bytes_per_s / crowding)
+    shape = _shape(facts)
     basis = (
         f"{cores} cores and {free_bytes / 2**30:.1f} GiB free; {stages} stages of {threads} "
         f"threads on this machine, each at 1/{crowding:.3g} of its speed alone",
@@ -79,7 +80,8 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
         f"{1e3 * facts.decode_s:.2f} ms for {spec.decode_rows} rows of {spec.context_tokens}",
         f"{facts.layers} layers of {facts.layer_bytes / 2**20:.1f} MiB in {facts.dtype}, "
         f"linear weights as {job.weights}; "
-        f"{facts.kv_bytes_per_token_layer:.0f} bytes of keys and values per token and layer",
+        f"{facts.kv_bytes_per_token_layer:.0f} bytes of keys and values per token and layer"
+        + _seen(shape),
         f"codec level {level} makes activations {codec.ratio:.2f} times smaller at "
         f"{codec.bytes_per_s / 1e6:.0f} MB/s",
         f"a stage may hold {node_bytes / 1e9:.3g} GB beside the {facts.process_bytes / 1e9:.3g} GB of "
@@ -88,7 +90,12 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
         f"loopback carries {facts.loopback_bytes_per_s / 1e6:.0f} MB/s at "
         f"{1e6 * facts.loopback_latency_s:.0f} us",
     )
-    return Measured(Cluster(nodes, links), _shape(facts), codec, level, threads, basis)
+    return Measured(Cluster(nodes, links), shape, codec, level, threads, basis)
+
+
+def _seen(shape: ModelShape) -> str:
+    windowed = shape.windowed_layers(0, shape.layers)
+    return f"; {windowed} of them see {shape.window} tokens" if windowed else ""
 
 
 def _probed(spec: ProbeSpec) -> ProbeFacts:
@@ -138,4 +145,5 @@ def _shape(facts: ProbeFacts) -> ModelShape:
         embedding_bytes=facts.embedding_bytes,
         head_bytes=facts.head_bytes,
         flop_per_token_layer=facts.flop_per_token_layer,
+        windows=facts.windows if any(facts.windows) else (),
     )

@@ -1,6 +1,5 @@
 """From a job and measured nodes to a plan, and from a plan to the settings of its ring."""
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -10,9 +9,9 @@ from flows.errors import JobError
 from flows.job import Job, Sampling
 from flows.measure import Measured
 from flows.model import ModelFolder
-from planner.cost import STREAM_BUFFERS
 from planner.facts import InfeasibleError, Lengths, Workload
-from planner.plan import Pipeline, Plan, StagePlan
+from planner.kv_blocks import BLOCK_TOKENS, Wanted, kv_blocks, kv_room
+from planner.plan import Pipeline, Plan
 from planner.prefixes import SHARE_TOKENS, marks
 from planner.schedule import CHUNK_TOKENS
 from planner.solve import solve_in_order
@@ -22,11 +21,8 @@ from stages.config import Ring
 from stages.errors import PromptError
 from storage.prompts import PromptRow
 
-BLOCK_TOKENS = 16
 CHUNKS_PER_STEP = 2
 """Prefill chunks that may travel with a step's decodes: more fills the ring sooner, and unevenly."""
-KV_SHARE = 0.8
-"""Of the memory that a stage's weights leave free; the rest is for activations."""
 
 
 def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolder) -> Workload:
@@ -87,28 +83,19 @@ def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: W
     """
     slots = pipeline.in_flight if len(pipeline.stages) == 1 else MOST * pipeline.in_flight
     rows = pipeline.micro_batch_rows * slots
-    longest = work.prompt_tokens.p95 + work.output_tokens.p95
-    each = math.ceil(longest / BLOCK_TOKENS)
-    wanted = max(rows * each, math.ceil(context_tokens / BLOCK_TOKENS))
-    room = min(_room_tokens(stage, measured) for stage in pipeline.stages)
+    step_tokens = pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS
+    blocks = kv_blocks(
+        [kv_room(stage, measured.model, measured.cluster) for stage in pipeline.stages],
+        measured.model.window,
+        Wanted(rows, work.prompt_tokens.p95, work.output_tokens.p95, context_tokens, step_tokens),
+    )
     return Ring(
         slots=pipeline.in_flight,
         slot_rows=pipeline.micro_batch_rows,
-        blocks=max(1, min(wanted, int(room) // BLOCK_TOKENS)),
+        blocks=blocks.whole,
         block_tokens=BLOCK_TOKENS,
-        step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
+        step_tokens=step_tokens,
         most_slots=slots,
+        window_tokens=measured.model.window if blocks.windowed else 0,
+        window_blocks=blocks.windowed,
     )
-
-
-def _room_tokens(stage: StagePlan, measured: Measured) -> float:
-    """Tokens whose keys and values fit beside a stage's weights."""
-    shape, streamed = measured.model, stage.weights_offloaded
-    resident = stage.layers - streamed + min(streamed, STREAM_BUFFERS)
-    weights_bytes = resident * shape.layer_bytes
-    if stage.first_layer == 0:
-        weights_bytes += shape.embedding_bytes
-    if stage.end_layer == shape.layers:
-        weights_bytes += shape.head_bytes
-    free_bytes = measured.cluster.node(stage.node).memory_bytes - weights_bytes
-    return KV_SHARE * free_bytes / (stage.layers * shape.kv_bytes_per_token_layer)

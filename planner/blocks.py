@@ -9,8 +9,8 @@ class BlockPool:
     Neighbouring blocks let a stage read a sequence's keys and values in place, without gathering.
     """
 
-    def __init__(self, blocks: int) -> None:
-        self._runs: list[tuple[int, int]] = [(0, blocks)] if blocks else []
+    def __init__(self, blocks: int, first: int = 0) -> None:
+        self._runs: list[tuple[int, int]] = [(first, blocks)] if blocks else []
         self.free = blocks
 
     def take(self, count: int) -> tuple[int, ...] | None:

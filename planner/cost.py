@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from planner.facts import CodecRate, ModelShape, Node, Workload
 from planner.layer_times import decode_layer_s, head_s, prefill_layer_s
+from planner.windows import AHEAD_TOKENS, Window
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -88,10 +89,18 @@ def mean_context(work: Workload) -> float:
 
 
 def kv_layer_bytes(model: ModelShape, work: Workload, rows: int) -> float:
-    """KV of one layer for so many rows, at their 95th-percentile lengths; a shared prefix once."""
+    """KV of one layer for so many rows, at their 95th-percentile lengths; a shared prefix once.
+
+    Where some layers keep only a window this is the mean, and their share of a prefix each row's own.
+    """
     shared = work.prompt_tokens.mean * work.shared_prefix_fraction
-    tokens = work.prompt_tokens.p95 + work.output_tokens.p95 - shared
-    return (rows * tokens + shared) * model.kv_bytes_per_token_layer
+    longest = work.prompt_tokens.p95 + work.output_tokens.p95
+    tokens = rows * (longest - shared) + shared
+    if model.window:
+        share = model.windowed_layers(0, model.layers) / model.layers
+        near = min(longest, Window(model.window, 0).most_tokens(AHEAD_TOKENS))
+        tokens = (1.0 - share) * tokens + share * rows * near
+    return tokens * model.kv_bytes_per_token_layer
 
 
 def workspace_bytes(model: ModelShape, cell: Cell) -> float:

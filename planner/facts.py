@@ -98,6 +98,17 @@ class ModelShape:
     embedding_bytes: float
     head_bytes: float
     flop_per_token_layer: float
+    windows: tuple[int, ...] = ()
+    """Positions that each layer sees, its own the last; 0 is all. Empty: every layer sees all."""
+
+    @property
+    def window(self) -> int:
+        """Positions that the widest of the windowed layers sees; 0 if there is none."""
+        return max(self.windows, default=0)
+
+    def windowed_layers(self, first_layer: int, end_layer: int) -> int:
+        """How many of these layers see a window."""
+        return sum(seen > 0 for seen in self.windows[first_layer:end_layer])
 
     @property
     def activation_bytes_per_token(self) -> float:

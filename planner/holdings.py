@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from planner.blocks import BlockPool
-from planner.prefixes import SHARE_TOKENS, Prefixes
+from planner.prefixes import SHARE_TOKENS, Prefixes, completed
+from planner.windows import Windows
 
 
 @dataclass(slots=True)
@@ -23,10 +24,11 @@ class _Holding:
 
 @dataclass(slots=True)
 class Holdings:
-    """Mutable; owned by a ring."""
+    """Mutable; owned by a ring. Layers that see a window have blocks of their own, in `windows`."""
 
     total_blocks: int
     block_tokens: int
+    windows: Windows | None = None
     _pool: BlockPool = field(init=False)
     _prefixes: Prefixes = field(init=False)
     _of: dict[int, _Holding] = field(init=False, default_factory=dict)
@@ -44,23 +46,38 @@ class Holdings:
         """Blocks that a sequence of so many tokens fills."""
         return -(-tokens // self.block_tokens)
 
-    def enter(self, number: int, tokens: int, marks: tuple[int, ...]) -> int | None:
-        """Give a sequence room for so many tokens: the tokens of it that are cached already.
+    def room_for(self, tokens: int, prompt: int) -> int:
+        """How many sequences of so many tokens, `prompt` of them known, could enter now."""
+        rows = self.free_blocks // self.blocks_for(tokens)
+        if self.windows is None:
+            return rows
+        return min(rows, self.windows.unreserved_blocks // self.windows.wanted(tokens, prompt))
+
+    def enter(self, number: int, tokens: int, prompt: int, marks: tuple[int, ...]) -> int | None:
+        """Give a sequence room for so many tokens, `prompt` of them known: the tokens of it that
+        are cached already.
 
         None, and nothing is given, if too few blocks are free.
         """
-        shared = self._prefixes.hold(marks)
-        blocks = tuple(chain.from_iterable(shared))
+        units = self._prefixes.known(marks)
+        if self.windows is not None:
+            units = self.windows.usable(marks[:units])
+            if not self.windows.enter(number, tokens, prompt, marks, units):
+                return None
+        blocks = tuple(chain.from_iterable(self._prefixes.hold(marks[:units])))
         own = self._prefixes.take(max(0, self.blocks_for(tokens) - len(blocks)))
         if own is None:
-            self._prefixes.release(marks[: len(shared)])
+            self._prefixes.release(marks[:units])
+            if self.windows is not None:
+                self.windows.leave(number)
             return None
-        self._of[number] = _Holding(marks, blocks + own, set(range(len(shared))))
-        return len(shared) * SHARE_TOKENS
+        self._of[number] = _Holding(marks, blocks + own, set(range(units)))
+        return units * SHARE_TOKENS
 
     def blocks(self, number: int) -> tuple[int, ...]:
-        """A sequence's blocks, in the order of its positions."""
-        return self._of[number].blocks
+        """A sequence's blocks, in the order of its positions; behind them its windowed ones."""
+        windowed = () if self.windows is None else self.windows.blocks(number)
+        return self._of[number].blocks + windowed
 
     def extend(self, number: int, tokens: int) -> tuple[int, ...] | None:
         """Blocks added so that so many tokens have room; None if too few are free."""
@@ -68,19 +85,22 @@ class Holdings:
         missing = self.blocks_for(tokens) - len(holding.blocks)
         if missing <= 0:
             return ()
+        if self.windows is not None and not self.windows.extend(number, tokens):
+            return None
         added = self._prefixes.take(missing)
         if added is not None:
             holding.blocks += added
         return added
 
-    def computes(self, number: int, start: int, end: int, frame: int) -> None:
+    def computes(self, number: int, start: int, end: int, frame: int) -> tuple[int, ...]:
         """A frame is to compute positions [start, end): units of the prompt that this completes
-        may be shared from that frame on."""
+        may be shared from that frame on. Returns the windowed blocks that are added for it."""
         holding, each = self._of[number], SHARE_TOKENS // self.block_tokens
-        for unit in range(start // SHARE_TOKENS, min(end // SHARE_TOKENS, len(holding.marks))):
+        for unit in completed(start, end, holding.marks):
             blocks = holding.blocks[unit * each : (unit + 1) * each]
             if self._prefixes.add(holding.marks[unit], blocks, number, frame):
                 holding.shared.add(unit)
+        return () if self.windows is None else self.windows.computes(number, start, end, frame)
 
     def leave(self, number: int) -> None:
         """Take back what a sequence holds; what it shares stays for others."""
@@ -88,16 +108,26 @@ class Holdings:
         own = [b for i, b in enumerate(holding.blocks) if i // each not in holding.shared]
         self._prefixes.release(holding.shared_marks)
         self._pool.give_back(tuple(own))
+        if self.windows is not None:
+            self.windows.leave(number)
 
     def lose(self, frame: int, numbers: Sequence[int]) -> set[int]:
         """Take back everything of these sequences and of all that share what they were to compute
         in this frame or later ones, for it was not computed. Returns them all."""
         left = set(numbers)
-        lost = self._prefixes.made_since(frame, left)
+        lost = self._made_since(frame, left)
         left |= {n for n, each in self._of.items() if not lost.isdisjoint(each.shared_marks)}
         # What those were to compute rests on what was lost; whoever holds that, holds this too.
-        lost = self._prefixes.made_since(frame, left)
+        made = self._prefixes.made_since(frame, left)
+        seen = set() if self.windows is None else self.windows.made_since(frame, left)
         for number in left:
             self.leave(number)
-        self._prefixes.forget(lost)
+        self._prefixes.forget(made)
+        if self.windows is not None:
+            self.windows.forget(seen)
         return left
+
+    def _made_since(self, frame: int, makers: set[int]) -> set[int]:
+        """Marks of the units, of either kind of layers, that these make in this frame or later."""
+        made = self._prefixes.made_since(frame, makers)
+        return made if self.windows is None else made | self.windows.made_since(frame, makers)

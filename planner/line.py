@@ -11,6 +11,7 @@ import numpy as np
 
 from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, tokens_per_round
 from planner.facts import CodecRate, Workload
+from planner.kv_blocks import BLOCK_TOKENS
 from planner.layer_times import head_s, step_layer_s
 from planner.leases import Pace
 from planner.plan import Pipeline
@@ -18,7 +19,6 @@ from planner.prefixes import SHARE_TOKENS
 from planner.problem import Problem, cell_of, judged, pass_s
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
 
-BLOCK_TOKENS = 16
 CHUNKS_PER_STEP = 2
 """Prefill chunks that may travel with a step's decodes."""
 CONTEXT_GRAIN = 32

@@ -31,6 +31,11 @@ def marks(ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(found)
 
 
+def completed(start: int, end: int, marks: Sequence[int]) -> range:
+    """Which of a prompt's marked units are whole once positions [start, end) are computed."""
+    return range(start // SHARE_TOKENS, min(end // SHARE_TOKENS, len(marks)))
+
+
 @dataclass(slots=True)
 class _Unit:
     blocks: tuple[int, ...]
@@ -52,13 +57,19 @@ class Prefixes:
         """Marks of units without holders, the longest unused first."""
         self.idle_blocks = 0
 
+    def __contains__(self, mark: int) -> bool:
+        return mark in self._units
+
+    def known(self, marks: Sequence[int]) -> int:
+        """How many of the leading units are here."""
+        strangers = (i for i, mark in enumerate(marks) if mark not in self._units)
+        return next(strangers, len(marks))
+
     def hold(self, marks: Sequence[int]) -> list[tuple[int, ...]]:
-        """Hold the units of the longest known beginning; their blocks, unit by unit."""
+        """Hold units that are here; their blocks, unit by unit."""
         found: list[tuple[int, ...]] = []
         for mark in marks:
-            unit = self._units.get(mark)
-            if unit is None:
-                break
+            unit = self._units[mark]
             if unit.holders == 0:
                 del self._idle[mark]
                 self.idle_blocks -= len(unit.blocks)

@@ -12,6 +12,7 @@ from itertools import chain
 
 from planner.holdings import Holdings
 from planner.prefixes import SHARE_TOKENS
+from planner.windows import Window, Windows
 
 CHUNK_TOKENS = 128
 """Prefill chunks end at multiples of this, so a row's numbers never depend on its neighbours."""
@@ -38,7 +39,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """KV blocks added to the end of a sequence's block table, in order."""
+    """KV blocks added to the end of a sequence's block table, in order.
+
+    Where layers see a window, numbers from RingShape.blocks on are of their pool, and add to the end
+    of a table that begins with the first position that they keep.
+    """
 
     sequence: int
     blocks: tuple[int, ...]
@@ -75,6 +80,8 @@ class RingShape:
     """Positions that one step may compute, decodes and prefill chunks together."""
     most_slots: int = 0
     """Slots that may ever be open, if more than `slots`."""
+    window: Window | None = None
+    """Of the layers that see a window, where those keep only that."""
 
     def __post_init__(self) -> None:
         if min(self.slots, self.slot_rows, self.blocks, self.block_tokens) < 1:
@@ -87,6 +94,17 @@ class RingShape:
             )
         if SHARE_TOKENS % self.block_tokens:
             raise ValueError(f"block_tokens is {self.block_tokens}; it must divide {SHARE_TOKENS}")
+        if self.window is not None:
+            self._require_room(self.window)
+
+    def _require_room(self, window: Window) -> None:
+        """A windowed pool must hold what one row may need at once: nobody could make way for it."""
+        needed = self.blocks_for(window.most_tokens(self.step_tokens))
+        if window.tokens < 1 or window.blocks < needed:
+            raise ValueError(
+                f"{window.blocks} blocks for a window of {window.tokens} positions; a row that "
+                f"computes {self.step_tokens} at once needs {needed}"
+            )
 
     @property
     def capacity(self) -> int:
@@ -159,7 +177,7 @@ class Ring:
         self._open = shape.slots
         self._sequences: dict[int, _Sequence] = {}
         self._queue: list[tuple[int, int]] = []
-        self._holdings = Holdings(shape.blocks, shape.block_tokens)
+        self._holdings = holdings_of(shape)
         self._growth = _Growth()
         self._preempted: list[int] = []
         self._next_slot = 0
@@ -293,13 +311,16 @@ class Ring:
         rows = self.live + self.queued
         if self._queue:
             # Where memory is short, the rows that it holds spread evenly, not the slots' capacity.
-            rows = min(rows, self.live + self._holdings.free_blocks // self._wanted_blocks())
+            first = self._sequences[self._queue[0][1]]
+            room = self._holdings.room_for(self._growth.expected(first), first.known)
+            rows = min(rows, self.live + room)
         return min(self.shape.slot_rows, -(-rows // self._open))
 
     def _wanted_blocks(self) -> int:
-        """Blocks that the queue's first row is expected to need in all."""
+        """Blocks that the queue's first row would be granted at most."""
         sequence = self._sequences[self._queue[0][1]]
-        return self.shape.blocks_for(self._growth.expected(sequence))
+        kinds = 1 if self.shape.window is None else 2
+        return kinds * self.shape.blocks_for(self._growth.expected(sequence))
 
     def _go_on(self, slot: _Slot) -> tuple[list[Span], list[Grant]]:
         """Spans of the rows already in the slot: decodes first, then prompts, within the budget;
@@ -317,12 +338,12 @@ class Ring:
             added = self._make_room(number, span.start + span.tokens, planned)
             if added is None:
                 continue
+            added += self._compute(span)
             if added:
                 grants.append(Grant(number, added))
             spans.append(span)
             planned.add(number)
             budget -= span.tokens
-            self._compute(span)
         return spans, grants
 
     def _decodes_first(self, number: int) -> tuple[bool, int]:
@@ -355,7 +376,7 @@ class Ring:
         number = self._queue[0][1]
         sequence = self._sequences[number]
         room = self._growth.expected(sequence)
-        computed = self._holdings.enter(number, room, sequence.marks)
+        computed = self._holdings.enter(number, room, sequence.known, sequence.marks)
         if computed is None:
             return None
         sequence.computed = computed
@@ -369,11 +390,19 @@ class Ring:
         self._compute(span)
         return span
 
-    def _compute(self, span: Span) -> None:
-        """The next frame computes the span."""
+    def _compute(self, span: Span) -> tuple[int, ...]:
+        """The next frame computes the span; the windowed blocks that are added for it."""
         end = span.start + span.tokens
         self._sequences[span.sequence].computed = end
-        self._holdings.computes(span.sequence, span.start, end, self._next_frame)
+        return self._holdings.computes(span.sequence, span.start, end, self._next_frame)
+
+
+def holdings_of(shape: RingShape) -> Holdings:
+    """An empty ledger of the blocks that a ring of this shape has."""
+    if shape.window is None:
+        return Holdings(shape.blocks, shape.block_tokens)
+    windows = Windows(shape.window, shape.block_tokens, shape.step_tokens, shape.blocks)
+    return Holdings(shape.blocks, shape.block_tokens, windows)
 
 
 def _span(number: int, sequence: _Sequence, budget: int) -> Span | None:

@@ -59,9 +59,22 @@ def what_if(mapping: object) -> WhatIf:
         tuple(_link(f"links[{i}]", link, names) for i, link in enumerate(links)),
         _default_link(top["default_link"]) if top.get("default_link") else None,
     )
-    model = _record("model", top["model"], ModelShape, {}) if top.get("model") else None
+    model = _model("model", top["model"]) if top.get("model") else None
     work = _workload("workload", top["workload"]) if top.get("workload") else None
     return WhatIf(cluster, model, work)
+
+
+def _model(place: str, value: object) -> ModelShape:
+    model = _record(place, value, ModelShape, {"windows": _windows})
+    if model.windows and len(model.windows) != model.layers:
+        raise WhatIfError(
+            f"{place}.windows has {len(model.windows)} numbers; there are {model.layers} layers"
+        )
+    return model
+
+
+def _windows(place: str, value: object) -> tuple[int, ...]:
+    return tuple(_whole(f"{place}[{i}]", x) for i, x in enumerate(_list(place, value)))
 
 
 def _node(place: str, value: object) -> Node:

@@ -113,6 +113,18 @@ def refuse_what_we_would_guess(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(f"{name}: attention that is not causal is not supported")
 
 
+def layer_windows(config: PretrainedConfig) -> tuple[int, ...]:
+    """Positions that each layer sees, as the config has it; 0 is all.
+
+    For plans only: a stage goes by what each layer's attention asks for.
+    """
+    window = int(getattr(config, "sliding_window", None) or 0)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * int(config.num_hidden_layers)
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
 def whole_model(config: PretrainedConfig, dtype: torch.dtype) -> Model:
     """The family's own causal language model on the meta device, attention through our function."""
     build: Any = AutoModelForCausalLM.from_config

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from planner.schedule import CHUNK_TOKENS, Span, Step
+from stages.block_tables import Rows
 from stages.errors import UnsupportedModelError
-from stages.kv_cache import KvCache, LayerKv, Rows
+from stages.kv_cache import KvCache, LayerKv
 
 ATTENTION = "wagonway"
 """The name under which our function is registered with transformers' attention interface.
@@ -143,7 +144,8 @@ class StepAttention:
     """Attention of one step: writes its keys and values, then answers each row from its own.
 
     Rows are cut at multiples of CHUNK_TOKENS positions, so that a prompt that came in several
-    chunks is computed as one that came whole. Index tensors are made once and shared by all layers.
+    chunks is computed as one that came whole. Index tensors are made once and shared by all layers
+    of a kind.
     """
 
     def __init__(self, step: Step, kv: KvCache, dtype: torch.dtype) -> None:
@@ -151,8 +153,8 @@ class StepAttention:
         self._dtype = dtype
         self._spans = step.spans
         self._tokens = step.tokens
-        self._write_at = kv.places(step.spans)
-        self._pieces: dict[int | None, list[Piece]] = {}
+        self._write_at: dict[bool, Tensor] = {}
+        self._pieces: dict[tuple[bool, int | None], list[Piece]] = {}
 
     def __call__(
         self,
@@ -164,24 +166,27 @@ class StepAttention:
         window: int | None,
     ) -> Tensor:
         """See Attend; positions past the step's tokens are padding and get zeros."""
+        windowed = self._kv.is_windowed(layer)
+        if windowed not in self._write_at:
+            self._write_at[windowed] = self._kv.places(layer, self._spans)
         keys, values = self._kv.write(
-            layer, self._write_at, key[:, :, : self._tokens], value[:, :, : self._tokens]
+            layer, self._write_at[windowed], key[:, :, : self._tokens], value[:, :, : self._tokens]
         )
-        pieces = self._pieces.get(window)
+        pieces = self._pieces.get((windowed, window))
         if pieces is None:
-            pieces = self._pieces[window] = list(self._cut(window))
+            pieces = self._pieces[windowed, window] = list(self._cut(layer, window))
         answers = _answers(pieces, query, keys, values, scoring)
         padding = query.shape[2] - self._tokens
         if padding:
             answers.append(query.new_zeros(padding, query.shape[1], values.shape[-1]))
         return torch.cat(answers)[None]
 
-    def _cut(self, window: int | None) -> Iterator[Piece]:
+    def _cut(self, layer: int, window: int | None) -> Iterator[Piece]:
         firsts = accumulate((span.tokens for span in self._spans), initial=0)
         for span, first in zip(self._spans, firsts, strict=False):
             for start, end in _chunks(span):
                 seen_from = 0 if window is None else max(0, start - window + 1)
-                rows = self._kv.rows(span.sequence, seen_from, end)
+                rows = self._kv.rows(layer, span.sequence, seen_from, end)
                 mask = None
                 if end - start > 1:
                     mask = _causal_mask(start, end, seen_from, window, self._dtype, self._kv.device)
@@ -189,7 +194,7 @@ class StepAttention:
 
 
 class Probe:
-    """Stands in for attention once, to learn which layers ask for it and how wide they are."""
+    """Stands in for attention once, to learn which layers ask for it, how wide and how far."""
 
     def __init__(self) -> None:
         self.calls: list[LayerKv] = []
@@ -204,7 +209,7 @@ class Probe:
         window: int | None,
     ) -> Tensor:
         """See Attend; every position gets zeros."""
-        self.calls.append(LayerKv(layer, key.shape[1], key.shape[3], value.shape[3]))
+        self.calls.append(LayerKv(layer, key.shape[1], key.shape[3], value.shape[3], window))
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 

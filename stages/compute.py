@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from planner.schedule import Step
+from planner.schedule import RingShape, Step
 from stages.config import StageSpec
 from stages.frame import RAW, Dtype
 from stages.halving import Halving, memory_for
@@ -46,10 +46,10 @@ class Compute(Protocol):
 class StageCompute:
     """A shard with its KV cache and, on the last stage, its sampler; owned by one thread."""
 
-    def __init__(self, shard: Shard, blocks: int, block_tokens: int, epoch: int) -> None:
+    def __init__(self, shard: Shard, ring: RingShape, epoch: int) -> None:
         self.shard = shard
-        with memory_for(f"the keys and values of {blocks * block_tokens} tokens"):
-            self._cache = shard.new_cache(blocks, block_tokens)
+        with memory_for(f"the keys and values of {ring.blocks * ring.block_tokens} tokens"):
+            self._cache = shard.new_cache(ring.blocks, ring.block_tokens, ring.window)
         self._sampler = Sampler()
         self._halving = Halving()
         self._epoch = epoch
@@ -69,7 +69,7 @@ class StageCompute:
                     weights=model.weights,
                 )
             )
-        return cls(shard, spec.ring.blocks, spec.ring.block_tokens, spec.epoch)
+        return cls(shard, spec.ring.shape(), spec.epoch)
 
     def begin(self, step: Step, ids: Tensor, admits: tuple[Admit, ...]) -> StepFrame | SampleFrame:
         """The head's part: embed token ids [step.tokens], then the layers."""

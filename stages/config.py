@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from planner.schedule import RingShape
+from planner.windows import Window
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
@@ -32,10 +33,20 @@ class Ring(_Strict):
     step_tokens: Count
     most_slots: int = Field(default=0, ge=0)
     """Slots that the driver may come to open; it begins with `slots`."""
+    window_tokens: int = Field(default=0, ge=0)
+    """Positions that windowed layers keep, and in how many blocks; 0: every layer keeps all."""
+    window_blocks: int = Field(default=0, ge=0)
 
     def shape(self) -> RingShape:
         """The same, as the policy takes it."""
-        return RingShape(**self.model_dump())
+        window = Window(self.window_tokens, self.window_blocks) if self.window_tokens else None
+        counts = self.model_dump(exclude={"window_tokens", "window_blocks"})
+        return RingShape(**counts, window=window)
+
+    @model_validator(mode="after")
+    def _is_a_shape(self) -> Self:
+        self.shape()  # a ValueError says what does not go together
+        return self
 
 
 class Address(_Strict):
@@ -156,6 +167,8 @@ class ProbeFacts(_Strict):
     head_bytes: Count
     """As many as the embedding's where they share weights, and twice in memory on two stages."""
     kv_bytes_per_token_layer: float
+    windows: tuple[Annotated[int, Field(ge=0)], ...]
+    """Positions that each layer sees; 0 is all."""
     flop_per_token_layer: float
     prefill_s: float
     """One layer, `prefill_tokens` of one row."""

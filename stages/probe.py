@@ -18,7 +18,7 @@ import torch
 
 from planner.schedule import Grant, Span, Step
 from stages import layer_store
-from stages.architecture import Model, body_of, read_config, whole_model
+from stages.architecture import Model, body_of, layer_windows, read_config, whole_model
 from stages.checkpoint import Checkpoint, require_whole
 from stages.codec import decode, encode
 from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
@@ -51,7 +51,8 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     process_bytes = own_bytes()  # by now it has what computing takes, but no layer yet
     shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype, weights=spec.weights))
     facts = shard.facts
-    model = whole_model(read_config(spec.folder), facts.dtype)
+    config = read_config(spec.folder)
+    model = whole_model(config, facts.dtype)
     require_whole(model, Checkpoint(spec.folder))
     layer_parameters = _parameters(body_of(model).layers) / facts.model_layers
     ratio, coded_bytes_per_s = _codec(shard, spec)
@@ -66,6 +67,7 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
         embedding_bytes=_parameters(model.get_input_embeddings()) * facts.dtype.itemsize,
         head_bytes=_parameters(model.get_output_embeddings()) * facts.dtype.itemsize,
         kv_bytes_per_token_layer=facts.kv_bytes_per_token,
+        windows=layer_windows(config),
         flop_per_token_layer=2.0 * layer_parameters,
         prefill_s=_prefill_s(shard, spec),
         decode_s=_decode_s(shard, spec),

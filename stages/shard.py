@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from planner.schedule import Span, Step
+from planner.windows import Window
 from stages.architecture import (
     Model,
     body_of,
@@ -125,10 +126,10 @@ class Shard:
         """Whether it turns hidden states into logits."""
         return self.facts.end_layer == self.facts.model_layers
 
-    def new_cache(self, blocks: int, block_tokens: int) -> KvCache:
+    def new_cache(self, blocks: int, block_tokens: int, window: Window | None = None) -> KvCache:
         """An empty KV cache for this shard's layers."""
         facts = self.facts
-        return KvCache(facts.kv, blocks, block_tokens, facts.dtype, facts.device)
+        return KvCache(facts.kv, blocks, block_tokens, facts.dtype, facts.device, window)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:

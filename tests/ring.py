@@ -8,6 +8,7 @@ import torch
 
 from flows.launch import Fleet, StageSettings
 from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
+from planner.windows import Window
 from stages.compute import Compute, StageCompute
 from stages.config import Ring, StageSpec
 from stages.control import Answer, LeasedRow
@@ -31,6 +32,16 @@ def ring_settings(slots: int, slot_rows: int, row_tokens: int = 400) -> Ring:
         block_tokens=16,
         step_tokens=slot_rows + 256,
     )
+
+
+def windowed_settings(slots: int, slot_rows: int, blocks: int, window: int, rows: int) -> Ring:
+    """A ring whose windowed layers keep their window, of so many rows that prefill at once."""
+    step_tokens = slot_rows + 256
+    each = -(-Window(window, 0).most_tokens(step_tokens) // 16)
+    return Ring(
+        slots=slots, slot_rows=slot_rows, blocks=blocks, block_tokens=16, step_tokens=step_tokens,
+        window_tokens=window, window_blocks=rows * each,
+    )  # fmt: skip
 
 
 def row(number: int, ids: Sequence[int], new_tokens: int, **sampling: float) -> LeasedRow:

@@ -1,7 +1,8 @@
 """Shared beginnings: whatever the ring shares, a stage reads what it would have computed itself."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.prefixes import SHARE_TOKENS, marks
-from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
+from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Span, Step, holdings_of
+from planner.windows import Window
 from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, row
 
 SHAPE = RingShape(slots=3, slot_rows=4, blocks=96, block_tokens=16, step_tokens=4 + CHUNK_TOKENS)
-NOBODY = -1
+
+
+def windowed(tokens: int, spare_blocks: int = 0) -> RingShape:
+    """The same with a window, and few blocks more than one row may need at once."""
+    least = -(-Window(tokens, 0).most_tokens(SHAPE.step_tokens) // SHAPE.block_tokens)
+    return replace(SHAPE, window=Window(tokens, least + spare_blocks))
 
 
 @dataclass
@@ -28,44 +35,80 @@ class Row:
     makes: int
     """Tokens that it does make."""
     ids: list[int] = field(default_factory=list)
+    _told: list[int] = field(default_factory=list)
+
+    def told(self, position: int) -> int:
+        """A hash of all tokens up to that one."""
+        for token in self.ids[len(self._told) : position + 1]:
+            self._told.append(hash((self._told[-1] if self._told else 0, token)))
+        return self._told[position]
 
 
 @dataclass
 class Stage:
-    """What one stage's KV cache holds: at each place, all tokens up to the one computed there."""
+    """What one stage's KV cache holds: at each place, what was told up to the token computed there.
 
-    places: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    Layers of both kinds, if there are two: places of the second lie behind those of the first.
+    """
+
+    shape: RingShape
+    places: dict[int, int] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
+    windowed: dict[int, dict[int, int]] = field(default_factory=dict)
+    """A sequence's places in the windowed pool, by position."""
 
     def compute(self, step: Step, rows: dict[int, Row]) -> set[int]:
         """Write what the step's spans make, then read what they see: who sees what it should."""
         for number in step.ended:
             self.tables.pop(number, None)
+            self.windowed.pop(number, None)
+        starts = {span.sequence: span.start for span in step.spans}
         for grant in step.grants:
-            each = SHAPE.block_tokens
+            each = self.shape.block_tokens
             places = [b * each + i for b in grant.blocks for i in range(each)]
-            self.tables[grant.sequence] = self.tables.get(grant.sequence, []) + places
+            border = self.shape.blocks * each
+            full = self.tables.setdefault(grant.sequence, [])
+            full += [place for place in places if place < border]
+            self._extend_window(
+                grant.sequence,
+                [place for place in places if place >= border],
+                starts[grant.sequence],
+            )
         for span in step.spans:
             for position in range(span.start, span.start + span.tokens):
-                told = tuple(rows[span.sequence].ids[: position + 1])
+                told = rows[span.sequence].told(position)
                 self.places[self.tables[span.sequence][position]] = told
-        return {
-            span.sequence
-            for span in step.spans
-            if self._sees_its_own(span.sequence, rows, span.start + span.tokens)
-        }
+                if self.shape.window is not None:
+                    self.places[self.windowed[span.sequence][position]] = told
+        return {span.sequence for span in step.spans if self._sees_its_own(span, rows)}
 
-    def _sees_its_own(self, number: int, rows: dict[int, Row], end: int) -> bool:
-        ids, table = rows[number].ids, self.tables[number]
-        return all(self.places.get(table[p]) == tuple(ids[: p + 1]) for p in range(end))
+    def _extend_window(self, number: int, places: list[int], start: int) -> None:
+        if self.shape.window is not None:
+            table = self.windowed.setdefault(number, {})
+            first = max(table, default=self.shape.window.kept_from(start) - 1) + 1
+            table.update(enumerate(places, start=first))
+
+    def _sees_its_own(self, span: Span, rows: dict[int, Row]) -> bool:
+        each, end = rows[span.sequence], span.start + span.tokens
+        table = self.tables[span.sequence]
+        sees = all(self.places.get(table[p]) == each.told(p) for p in range(end))
+        if self.shape.window is None:
+            return sees
+        near, windowed = self.shape.window.tokens - 1, self.windowed[span.sequence]
+        return sees and all(
+            self.places.get(windowed.get(p, -1)) == each.told(p)
+            for p in range(max(0, span.start - near), end)
+        )
 
 
 class Rehearsal:
     """A ring with its head and one stage, played without a model; steps may be lost on their way."""
 
-    def __init__(self, wanted: list[Row], depth: int, losses: set[int]) -> None:
-        self.ring = Ring(SHAPE)
-        self.stage = Stage()
+    def __init__(
+        self, wanted: list[Row], depth: int, losses: set[int], shape: RingShape = SHAPE
+    ) -> None:
+        self.ring = Ring(shape)
+        self.stage = Stage(shape)
         self.rows: dict[int, Row] = {}
         self.ever: dict[int, Row] = {}
         self.finished: list[Row] = []
@@ -145,13 +188,22 @@ lengths = st.lists(
 )
 
 
-@given(st.integers(0, 9), lengths, st.integers(1, 3), st.sets(st.integers(0, 60), max_size=6))
+shapes = st.just(SHAPE) | st.builds(windowed, st.integers(1, 150), st.integers(0, 20))
+
+
+@given(
+    st.integers(0, 9), lengths, st.integers(1, 3), st.sets(st.integers(0, 60), max_size=6), shapes
+)
 @settings(max_examples=300, deadline=None)
 def test_every_row_sees_its_own_tokens_whatever_is_shared_preempted_or_lost(
-    seed: int, drawn: list[tuple[int, int, int]], depth: int, losses: set[int]
+    seed: int,
+    drawn: list[tuple[int, int, int]],
+    depth: int,
+    losses: set[int],
+    shape: RingShape,
 ) -> None:
     rows = family_of(seed, drawn)
-    rehearsal = Rehearsal(rows, depth, losses)
+    rehearsal = Rehearsal(rows, depth, losses, shape)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("planner.schedule.LEARNED_ROWS", 3)  # so that few rows teach something
         rehearsal.play()
@@ -159,6 +211,9 @@ def test_every_row_sees_its_own_tokens_whatever_is_shared_preempted_or_lost(
     assert rehearsal.ring.live == rehearsal.ring.queued == rehearsal.ring.in_flight == 0
     # Nothing is held for ever: the whole cache can be had again.
     assert rehearsal.ring._holdings.free_blocks == SHAPE.blocks
+    windows = rehearsal.ring._holdings.windows
+    if shape.window is not None and windows is not None:
+        assert windows.free_blocks == windows.unreserved_blocks == shape.window.blocks
 
 
 def test_a_shared_beginning_is_computed_once_even_within_one_step() -> None:
@@ -169,6 +224,50 @@ def test_a_shared_beginning_is_computed_once_even_within_one_step() -> None:
     shared = len(beginning) // SHARE_TOKENS * SHARE_TOKENS
     # The second row overtakes the first one's second chunk, and so that one is computed twice.
     assert rehearsal.positions == shared + 30 * (205 - shared) + (shared - CHUNK_TOKENS)
+
+
+def test_a_beginning_is_shared_while_the_window_before_its_end_is_kept() -> None:
+    holdings = holdings_of(windowed(40))
+    numbers = count()
+
+    def cached(ids: list[int]) -> int | None:
+        """Of a row that comes, is computed and leaves: tokens that it found."""
+        number = next(numbers)
+        found = holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
+        for start, end in ((0, CHUNK_TOKENS), (CHUNK_TOKENS, len(ids))):
+            if found is not None and end > found:
+                holdings.computes(number, max(start, found), end, frame=number)
+        holdings.leave(number)
+        return found
+
+    template, other = list(range(200)), list(range(500, 700))
+    assert [cached(template), cached(template)] == [0, 192]
+    assert cached(other) == 0
+    # The pool is one row's: the other's window took the place of the template's.
+    assert cached(template) == 0, "the blocks of layers that see all are of no use alone"
+    assert cached(template) == 192, "it was computed again, and is shared again"
+
+
+def test_who_builds_on_a_window_that_was_lost_leaves_though_the_rest_was_there_before() -> None:
+    holdings = holdings_of(windowed(40, spare_blocks=13))
+    template = list(range(200))
+
+    def enters(number: int, ids: list[int], frame: int) -> int | None:
+        found = holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
+        for start in range(found or 0, len(ids), CHUNK_TOKENS):
+            holdings.computes(number, start, min(start + CHUNK_TOKENS, len(ids)), frame)
+        return found
+
+    assert enters(0, template, frame=0) == 0
+    holdings.leave(0)
+    for number in (1, 2):  # two rows' windows fill the pool
+        assert enters(number, [number] * 200, frame=number) == 0
+    holdings.leave(1)
+    holdings.leave(2)
+    assert enters(3, template, frame=3) == 0, "it has to bring the window back"
+    assert enters(4, template, frame=4) == 192
+    assert holdings.lose(3, [3]) == {3, 4}
+    assert enters(5, template, frame=5) == 0
 
 
 def test_more_rows_fit_where_they_share() -> None:

@@ -1,0 +1,136 @@
+"""Where the positions of sequences lie in one kind of pools: a table of blocks for each sequence.
+
+The head decides which blocks a sequence has; pools and their numbers are unknown here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from planner.schedule import Span
+from stages.errors import ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where consecutive positions of a sequence lie in a pool: runs of (first place, tokens)."""
+
+    runs: tuple[tuple[int, int], ...]
+
+    def of(self, pool: Tensor) -> Tensor:
+        """Those positions of a pool [1, heads, places, dim]: a view of one run, a copy of several.
+
+        A shared beginning and what follows it are two. Copying runs takes a third of the time that
+        gathering places one by one does (measured).
+        """
+        parts = [pool.narrow(2, first, tokens) for first, tokens in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+@dataclass(slots=True)
+class _Table:
+    """A sequence's places in the pools, by position; only its tables change it."""
+
+    first: int
+    """The position that the first place is for: those before it are gone."""
+    places: Tensor
+    runs: tuple[tuple[int, int], ...]
+    """The same as runs of (first place, tokens)."""
+
+    @property
+    def end(self) -> int:
+        """The first position that has no place yet."""
+        return self.first + len(self.places)
+
+    def slice(self, first: int, end: int) -> tuple[tuple[int, int], ...]:
+        """The runs of positions [first, end)."""
+        found, start = [], self.first
+        for place, tokens in self.runs:
+            low, high = max(first, start), min(end, start + tokens)
+            if low < high:
+                found.append((place + low - start, high - low))
+            start += tokens
+        return tuple(found)
+
+
+class BlockTables:
+    """Mutable; owned by a KV cache."""
+
+    def __init__(self, block_tokens: int, device: torch.device) -> None:
+        self._block_tokens = block_tokens
+        self._device = device
+        self._tables: dict[int, _Table] = {}
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Sequences that hold blocks."""
+        return tuple(self._tables)
+
+    def extend(self, sequence: int, blocks: Sequence[int], first: int = 0) -> None:
+        """Add blocks to the end of a sequence's table; a new one begins at position `first`."""
+        starts = torch.tensor(blocks, dtype=torch.int64, device=self._device)
+        offsets = torch.arange(self._block_tokens, device=self._device)
+        places = (starts[:, None] * self._block_tokens + offsets).flatten()
+        table = self._tables.get(sequence)
+        if table is None:
+            runs = _joined((), blocks, self._block_tokens)
+            self._tables[sequence] = _Table(first, places, runs)
+        else:
+            table.places = torch.cat([table.places, places])
+            table.runs = _joined(table.runs, blocks, self._block_tokens)
+
+    def drop_before(self, sequence: int, position: int) -> None:
+        """Forget where positions before this one lie: others may have their blocks by now."""
+        table = self._tables.get(sequence)
+        if table is not None and table.first < position:
+            table.runs = table.slice(position, table.end)
+            table.places = table.places[position - table.first :]
+            table.first = position
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence, if it is known."""
+        self._tables.pop(sequence, None)
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._tables.clear()
+
+    def require(self, span: Span, first: int, frame: int) -> None:
+        """ProtocolError unless all from position `first` to the span's end have places."""
+        table = self._tables.get(span.sequence)
+        held = (0, 0) if table is None else (table.first, table.end)
+        end = span.start + span.tokens
+        if span.tokens < 1 or span.start < 0 or first < held[0] or end > held[1]:
+            raise ProtocolError(
+                f"frame {frame}: sequence {span.sequence} computes positions {span.start} to "
+                f"{end}, sees those from {first}, and holds blocks for {held[0]} to {held[1]}"
+            )
+
+    def places(self, spans: Sequence[Span]) -> Tensor:
+        """Where the spans' positions lie, concatenated, int64."""
+        parts = []
+        for span in spans:
+            table = self._tables[span.sequence]
+            start = span.start - table.first
+            parts.append(table.places[start : start + span.tokens])
+        return torch.cat(parts)
+
+    def rows(self, sequence: int, first: int, end: int) -> Rows:
+        """Where positions [first, end) of a sequence lie."""
+        return Rows(self._tables[sequence].slice(first, end))
+
+
+def _joined(
+    runs: tuple[tuple[int, int], ...], blocks: Sequence[int], block_tokens: int
+) -> tuple[tuple[int, int], ...]:
+    """The runs with these blocks behind them."""
+    joined = list(runs)
+    for block in blocks:
+        place = block * block_tokens
+        if joined and sum(joined[-1]) == place:
+            joined[-1] = (joined[-1][0], joined[-1][1] + block_tokens)
+        else:
+            joined.append((place, block_tokens))
+    return tuple(joined)
