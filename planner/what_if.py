@@ -74,7 +74,12 @@ def _model(place: str, value: object) -> ModelShape:
 
 
 def _windows(place: str, value: object) -> tuple[int, ...]:
-    return tuple(_whole(f"{place}[{i}]", x) for i, x in enumerate(_list(place, value)))
+    seen = tuple(_whole(f"{place}[{i}]", x) for i, x in enumerate(_list(place, value)))
+    if min(seen, default=0) < 0:
+        raise WhatIfError(
+            f"{place} has {min(seen)}; a layer sees a number of positions, or 0 for all"
+        )
+    return seen
 
 
 def _node(place: str, value: object) -> Node:
