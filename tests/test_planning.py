@@ -71,6 +71,22 @@ def test_a_ring_of_one_row_holds_the_whole_context() -> None:
     assert ring.blocks * ring.block_tokens >= TINY_CONTEXT
 
 
+@pytest.mark.parametrize(("window", "kept"), [(32, True), (TINY_CONTEXT, False), (0, False)])
+def test_a_ring_keeps_windows_that_are_shorter_than_the_context(window: int, kept: bool) -> None:
+    node = Node(name="n", flop_per_s=1e9, memory_bytes=1e6, memory_bytes_per_s=1e9)
+    shape = ModelShape(
+        layers=6, hidden=8, layer_bytes=100, kv_bytes_per_token_layer=8.0,
+        activation_value_bytes=4, embedding_bytes=100, head_bytes=100, flop_per_token_layer=100.0,
+        windows=(window,) * 5 + (0,),
+    )  # fmt: skip
+    measured = Measured(Cluster((node,)), shape, CodecRate(1.5, 1e9), "fast", 1, ())
+    pipeline = Pipeline((StagePlan("n", 0, 6),), (), 2, 1)
+    work = Workload(9, Lengths(1500.0, 1500.0), Lengths(500.0, 500.0))
+    context = 4 * TINY_CONTEXT
+    ring = ring_of(pipeline, measured, context if kept else TINY_CONTEXT, work)
+    assert (ring.window_tokens, ring.window_blocks > 0) == (window if kept else 0, kept)
+
+
 @pytest.mark.parametrize(("level", "bytes_per_s"), [("int8", 1e12), ("int8", 1e5), ("fast", 1e5)])
 def test_a_job_that_asks_for_int8_has_it_on_every_link_that_carries_activations(
     level: str, bytes_per_s: float

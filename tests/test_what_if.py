@@ -117,7 +117,7 @@ def test_plan_as_json_has_every_setting_under_its_documented_name() -> None:
     )
     assert list(shown) == [
         "pipelines", "rows_per_s", "tokens_per_s", "finish_s", "bound_tokens_per_s", "gap",
-        "binding",
+        "binding", "basis",
     ]  # fmt: skip
     ring = shown["pipelines"][0]
     assert set(ring) == {"stages", "links", "micro_batch_rows", "in_flight", "draft_len"}
