@@ -1,6 +1,7 @@
 """Prefect flows, the command line and the driver: decides what runs; never imports torch."""
 
 import os
+import warnings
 
 # Read by Prefect and transformers at their first import, so set before it: a run calls nobody
 # but the nodes and servers that its user named. What the user has set stays.
@@ -17,3 +18,6 @@ for _name, _value in {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that there is no torch here: there need be none
 }.items():
     os.environ.setdefault(_name, _value)
+
+# A home folder that cannot be written is no matter: a run keeps nothing there.
+warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")

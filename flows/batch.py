@@ -7,18 +7,20 @@ without them.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.errors import JobError, RunError
+from flows.errors import RunError
 from flows.job import Job
 from flows.launch import EPOCH, Fleet, StageSettings
 from flows.lease import Clerk, Lease, RunNames, in_order
 from flows.measure import Measured, measure
-from flows.model import open_model
+from flows.model import ModelFolder
 from flows.planning import make_plan, ring_of, workload
+from flows.ready import require_ready
 from flows.report import announce, shown
 from flows.run import Run, Summary, fingerprint, is_begun, prompt_source
 from flows.twins import Twins
@@ -26,8 +28,7 @@ from planner.facts import Workload
 from planner.plan import Plan
 from stages.config import Ring
 from storage.compact import MAX_LIVE_PARTS, compact
-from storage.errors import StoreError
-from storage.export import export, require_own, require_target
+from storage.export import export
 from storage.index import BuiltIndex, built_index
 from storage.progress import progress
 from storage.results import ResultRow, ResultWriter
@@ -47,46 +48,74 @@ def run_batch(job: Job, store_uri: str, stages: int, stage_bytes: float | None =
 
     Each of the stages may take `stage_bytes` of memory; by default its share of what is free.
     """
-    model = open_model(job)
+    model = require_ready(job, store_uri)
     with ExitStack() as scratch:
         index = validate(job, scratch)
-        # A new job is begun only when a node has shown that it computes the model rightly.
-        measured = None if is_begun(store_uri, job) else measure_nodes(job, stages, stage_bytes)
+        # A new job is begun only when a node has computed its model rightly, and a plan fits.
+        is_new = index.rows > 0 and not is_begun(store_uri, job)
+        start = prepare(job, model, index, index.rows, stages, stage_bytes) if is_new else None
         document = job.model_dump(mode="json")
         store = JobStore.create(store_uri, job.name, fingerprint(job, model), document)
         store.set_input(index)
-    run = Run(job, model, store, progress(store))
+    done = progress(store)
+    if done.pending and start is None:
+        start = prepare(job, model, index, done.pending, stages, stage_bytes)
+    run = Run(job, model, store, done)
     try:
-        if run.done.pending:
-            work = workload(run.done.pending, index.sample, job, model)
-            plan, settings = plan_run(
-                run, work, measured or measure_nodes(job, stages, stage_bytes)
-            )
-            fleet = Fleet(plan, settings)
-            try:
-                with fleet:
-                    start_stages(fleet)
-                    process(run, fleet, settings.ring)
-            finally:
-                run.worked(fleet)
+        if start is not None:
+            answer(run, start)
         return finish(run)
     except BaseException:
         run.ended("failed")
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What is known and decided before stages start."""
+
+    work: Workload
+    measured: Measured
+    plan: Plan
+
+
+def prepare(
+    job: Job, model: ModelFolder, index: BuiltIndex, rows: int, stages: int,
+    stage_bytes: float | None,
+) -> Start:  # fmt: skip
+    """Measure the nodes and plan for so many of the index's rows; nothing is started or stored."""
+    work = workload(rows, index.sample, job, model)
+    measured = measure_nodes(job, stages, stage_bytes)
+    return Start(work, measured, plan_run(measured, work))
+
+
+def answer(run: Run, start: Start) -> None:
+    """Start the stages of the plan and have the rows answered that have no result yet."""
+    plan, measured = start.plan, start.measured
+    run.planned(plan, measured)
+    announce(plan)
+    [pipeline] = plan.pipelines
+    ring = ring_of(pipeline, measured, run.model.context_tokens, start.work)
+    settings = StageSettings(
+        run.id,
+        run.model.folder,
+        run.job.dtype,
+        measured.threads,
+        ring,
+        weights=run.job.weights,
+    )
+    fleet = Fleet(plan, settings)
+    try:
+        with fleet:
+            start_stages(fleet)
+            process(run, fleet, ring)
+    finally:
+        run.worked(fleet)
+
+
 @task(cache_policy=NO_CACHE)
 def validate(job: Job, scratch: ExitStack) -> BuiltIndex:
-    """Check every prompt row, and where the results go, before anything starts.
-
-    InputError names the file, row and column; JobError the results' target.
-    """
-    if job.results is not None:
-        try:
-            require_target(job.results)
-            require_own(job.results, job.name)
-        except StoreError as error:
-            raise JobError(f"results: {error}") from error
+    """Check every prompt row before anything starts; InputError names the file, row and column."""
     return scratch.enter_context(built_index(prompt_source(job)))
 
 
@@ -97,22 +126,9 @@ def measure_nodes(job: Job, stages: int, stage_bytes: float | None) -> Measured:
 
 
 @task(name="plan", cache_policy=NO_CACHE)
-def plan_run(run: Run, work: Workload, measured: Measured) -> tuple[Plan, StageSettings]:
-    """Decide who computes which layers, and keep the decision with the run."""
-    plan = make_plan(measured, work)
-    run.planned(plan, measured)
-    announce(plan)
-    [pipeline] = plan.pipelines
-    ring = ring_of(pipeline, measured, run.model.context_tokens, work)
-    settings = StageSettings(
-        run.id,
-        run.model.folder,
-        run.job.dtype,
-        measured.threads,
-        ring,
-        weights=run.job.weights,
-    )
-    return plan, settings
+def plan_run(measured: Measured, work: Workload) -> Plan:
+    """Decide who computes which layers; JobError if no split fits."""
+    return make_plan(measured, work)
 
 
 @task(cache_policy=NO_CACHE)

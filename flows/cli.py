@@ -21,7 +21,8 @@ from flows.errors import JobError, RunError
 from flows.imagine import OURS, REHEARSED, Course, job_workload, read_what_if, write_trace
 from flows.job import load_job
 from flows.measure import measure
-from flows.planning import make_plan
+from flows.planning import NOTHING, make_plan
+from flows.ready import require_ready
 from flows.tables import Format, print_json, print_table, say
 from planner.advice import Advice, advise
 from planner.baselines import METHODS, policy_of
@@ -36,9 +37,7 @@ from storage.errors import (
     JobNotFoundError,
     QueryError,
     StorageError,
-    StoreError,
 )
-from storage.files import files_at
 from storage.store import JobStore
 from storage.verify import verify as verify_store
 
@@ -62,7 +61,17 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or a jo
 OptionalName = Annotated[
     str | None, typer.Argument(metavar="[JOB]", help="A job file, or a job's name.")
 ]
-Store = Annotated[str, typer.Option(help="The store: a folder or an fsspec URI.")]
+
+
+def _named(store: str) -> str:
+    """The store as it was given; JobError for none at all, which would mean the file system's root."""
+    if not store:
+        raise JobError("--store is empty; name a folder or an fsspec URI")
+    return store
+
+
+STORE = "The store: a folder or an fsspec URI."
+Store = Annotated[str, typer.Option(help=STORE, callback=_named)]
 Stages = Annotated[int, typer.Option(min=1, max=64, help="Stage processes on this machine.")]
 StageMemory = Annotated[
     float | None,
@@ -92,6 +101,7 @@ def run(
     """Answer every row of a job; safe to repeat: finished rows are not computed again."""
     job = load_job(job_file)
     _require_lasting(store)
+    require_ready(job, store)  # before a server starts, which takes its time
     with control_plane():
         summary = run_batch(job, store, stages, _bytes(stage_memory))
     if as_json:
@@ -125,7 +135,9 @@ def plan(
         planned = given.plan(method)
         advice = advise(given.cluster, given.model, given.work, planned) if method == OURS else ()
     elif job is not None:
-        planned = make_plan(measure(job, stages, _bytes(stage_memory)), job_workload(job))
+        work = job_workload(job)
+        measured = measure(job, stages, _bytes(stage_memory)) if work.rows else None
+        planned = make_plan(measured, work) if measured else NOTHING
     else:
         raise JobError("name a job, or a cluster with --what-if")
     if as_json:
@@ -202,7 +214,7 @@ def _run_words(planned: Plan, seen: Simulated) -> str:
 @app.command()
 def status(job: OptionalName = None, store: Store = "store", as_json: AsJson = False) -> None:
     """How far each job of the store is, or one job."""
-    name = _job_name(job) if job else None
+    name = _job_name(job, store) if job else None
     print_table(sql_query(store, _STATUS, name), Format.JSON if as_json else Format.TABLE)
     if name is not None and not as_json:
         links = sql_query(store, _LINKS, name)
@@ -245,7 +257,7 @@ def query(
 @app.command()
 def verify(job: JobName, store: Store = "store", as_json: AsJson = False) -> None:
     """Prove that every row of a job has exactly one result and that every file is whole."""
-    found = verify_store(JobStore.open(store, _job_name(job)))
+    found = verify_store(JobStore.open(store, _job_name(job, store)))
     if as_json:
         print_json(asdict(found) | {"complete": found.complete})
     else:
@@ -274,17 +286,19 @@ def _bytes(gigabytes: float | None) -> float | None:
 
 
 def _require_lasting(store: str) -> None:
-    """JobError for a store that cannot be opened, or that would be gone with this process."""
+    """JobError for a store that would be gone with this process."""
     if store.startswith("memory:"):
         raise JobError(f"{store}: would be gone when this command ends; name a folder or a bucket")
+
+
+def _job_name(job: str, store: str) -> str:
+    """A job's name, from its file or as the store has it; JobNotFoundError if there is neither."""
+    if os.path.isfile(job):  # noqa: PTH113  (Path's raises for a name that is too long for a file)
+        return load_job(Path(job)).name
     try:
-        files_at(store)
-    except StoreError as error:
-        raise JobError(str(error)) from error
-
-
-def _job_name(job: str) -> str:
-    return load_job(Path(job)).name if Path(job).is_file() else job
+        return JobStore.open(store, job).job
+    except JobNotFoundError as error:
+        raise JobNotFoundError(f"{error}; nor is there a job file of that name") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

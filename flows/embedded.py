@@ -110,8 +110,12 @@ def control_plane() -> Iterator[None]:
                 with _spoken_to(server.api_url):
                     yield
     except httpx.HTTPError as error:
-        where = f"the Prefect server at {url}" if url else "the embedded Prefect server"
-        raise ServerError(f"{where} does not answer: {error}") from error
+        if not url:
+            raise ServerError(f"the embedded Prefect server does not answer: {error}") from error
+        raise ServerError(
+            f"the Prefect server at {url} does not answer: {error}; start it, or unset "
+            "PREFECT_API_URL for the run to bring its own"
+        ) from error
 
 
 @contextmanager

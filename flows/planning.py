@@ -24,6 +24,9 @@ from storage.prompts import PromptRow
 CHUNKS_PER_STEP = 2
 """Prefill chunks that may travel with a step's decodes: more fills the ring sooner, and unevenly."""
 
+NOTHING = Plan((), 0.0, 0.0, 0.0, 0.0, "the input has no rows")
+"""The plan for no rows at all."""
+
 
 def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolder) -> Workload:
     """What is to do, from a sample of the rows; outputs are assumed to run to their limits,

@@ -85,6 +85,8 @@ def _work_line(given: Problem) -> str:
 
 def explain(plan: Plan, advice: Sequence[object] = ()) -> str:
     """The plan, its speed, its certificate, its limit and what would help, in plain sentences."""
+    if not plan.pipelines:
+        return f"Nothing to do: {plan.binding}."
     lines = [
         f"{_count(len(plan.pipelines), 'pipeline')}, {plan.rows_per_s:.4g} rows/s, "
         f"{plan.tokens_per_s:.4g} output tokens/s; the workload takes {_seconds(plan.finish_s)}.",

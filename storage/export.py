@@ -1,7 +1,6 @@
 """The finished table, as one Parquet file anywhere: live rows joined to the newest index."""
 
 from pathlib import Path
-from uuid import uuid4
 
 import fsspec
 import pyarrow as pa
@@ -46,14 +45,10 @@ def export(store: JobStore, target_uri: str) -> int:
 
 
 def require_target(target_uri: str) -> None:
-    """StoreError unless a table can be written there; a small file is, and is gone again."""
+    """StoreError unless a table can be written there; of the trial nothing is left."""
     folder, name = _target(target_uri)
-    files, trial = files_at(folder), f".trial-{uuid4().hex}"
-    try:
-        files.write(trial, b"")
-        files.remove(trial)
-    except FileExistsError as error:
-        raise StoreError(f"{files.shown}: is a file, so no table can be written into it") from error
+    files = files_at(folder)
+    files.require_writable()
     if files.root is not None and (files.root / name).is_dir():
         raise StoreError(f"{files.root / name}: is a folder, so no table can take its place")
 

@@ -1,14 +1,14 @@
 """Whole files, made durable, under one root: a local folder, or any other fsspec filesystem.
 
 Knows bytes and names, not rows. A name is relative to the root and uses "/". The filesystem's own
-errors become StoreError here, save FileNotFoundError and FileExistsError, which are answers.
+errors become StoreError, save FileNotFoundError of a read and FileExistsError of a create: answers.
 """
 
 import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -40,6 +40,7 @@ class Files(Protocol):
     def write(self, name: str, content: bytes | Path) -> None: ...
     def create(self, name: str, content: bytes) -> None: ...
     def remove(self, name: str) -> None: ...
+    def require_writable(self) -> None: ...
     def require_exclusive_create(self) -> None: ...
 
 
@@ -71,13 +72,13 @@ class LocalFiles:
 
     def read(self, name: str) -> bytes:
         """The whole file; FileNotFoundError if there is none."""
-        with _stores(self.shown, name):
+        with _stores(self.shown, name, FileNotFoundError):
             return (self.root / name).read_bytes()
 
     def names(self, folder: str) -> list[str]:
         """Sorted names in a folder; empty if there is no such folder."""
         try:
-            with _stores(self.shown, folder):
+            with _stores(self.shown, folder, FileNotFoundError):
                 return sorted(path.name for path in (self.root / folder).iterdir())
         except FileNotFoundError:
             return []
@@ -96,7 +97,8 @@ class LocalFiles:
     def create(self, name: str, content: bytes) -> None:
         """Write a file that must not exist; FileExistsError if somebody was first."""
         target = self.root / name
-        with _stores(self.shown, name), self._temporary(target, content) as temporary:
+        answers = _stores(self.shown, name, FileExistsError)
+        with answers, self._temporary(target, content) as temporary:
             try:
                 self._link(temporary, target)
             except OSError as error:
@@ -112,6 +114,18 @@ class LocalFiles:
         """Delete a file if it is there."""
         with _stores(self.shown, name):
             self._unlink(self.root / name)
+
+    def require_writable(self) -> None:
+        """StoreError unless a file can be written here; one is, and all that this made is gone again."""
+        with _stores(f"{self.shown}: cannot be written", ""):
+            missing = [each for each in (self.root, *self.root.parents) if not each.is_dir()]
+            try:
+                with self._temporary(self.root / "trial", b""):
+                    pass
+            finally:
+                for folder in missing:
+                    with suppress(OSError):  # it was never made, or somebody else uses it by now
+                        folder.rmdir()
 
     def require_exclusive_create(self) -> None:
         """Nothing to ask beforehand: a folder without hard links says so at the first link."""
@@ -131,7 +145,11 @@ class LocalFiles:
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             self._make_folder(folder.parent)
-            folder.mkdir(exist_ok=True)
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileExistsError as error:  # a file, or a link to nowhere
+                fault = f"{self.shown}: {folder} is no folder, so nothing can be kept in it"
+                raise StoreError(fault) from error
             self._sync_folder(folder.parent)
 
     def _write(self, path: Path, content: bytes | Path) -> None:
@@ -166,7 +184,7 @@ class ObjectFiles:
 
     def read(self, name: str) -> bytes:
         """The whole object; FileNotFoundError if there is none."""
-        with _stores(self.shown, name):
+        with _stores(self.shown, name, FileNotFoundError):
             content: bytes = self._filesystem.cat_file(self._path(name))
             return content
 
@@ -174,7 +192,7 @@ class ObjectFiles:
         """Sorted names below a prefix; empty if there are none."""
         path = self._path(folder)
         try:
-            with _stores(self.shown, folder):
+            with _stores(self.shown, folder, FileNotFoundError):
                 self._filesystem.invalidate_cache(path)
                 listed = self._filesystem.ls(path, detail=False)
         except FileNotFoundError:
@@ -197,7 +215,7 @@ class ObjectFiles:
 
     def create(self, name: str, content: bytes) -> None:
         """Put an object that must not exist; FileExistsError if somebody was first."""
-        with _stores(self.shown, name):
+        with _stores(self.shown, name, FileExistsError):
             try:
                 self._create(self._path(name), content)
             except (NotImplementedError, ValueError, TypeError) as error:
@@ -210,6 +228,12 @@ class ObjectFiles:
                 self._filesystem.rm_file(self._path(name))
             except FileNotFoundError:
                 return
+
+    def require_writable(self) -> None:
+        """StoreError unless an object can be put here; one is, and it is gone again."""
+        name = f".trial-{uuid4().hex}"
+        self.write(name, b"")
+        self.remove(name)
 
     def require_exclusive_create(self) -> None:
         """Create one object twice: UnsupportedStoreError unless the second attempt is refused."""
@@ -244,14 +268,15 @@ class ObjectFiles:
 
 
 @contextmanager
-def _stores(root: str, name: str) -> Iterator[None]:
-    """Turn the filesystem's own errors into ours."""
+def _stores(root: str, name: str, *answers: type[OSError]) -> Iterator[None]:
+    """Turn the filesystem's own errors into ours, save those that answer the question."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError):
+    except answers:
         raise
     except OSError as error:
-        raise StoreError(f"{root}/{name}: {error.strerror or error}") from error
+        place = f"{root}/{name}" if name else root
+        raise StoreError(f"{place}: {error.strerror or error}") from error
 
 
 def _reading(content: bytes | Path) -> BinaryIO:

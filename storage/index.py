@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,18 @@ def _refuse_duplicates(source: PromptSource, path: Path, repeated: Keys) -> None
             row, custom_id = rows[offset].as_py(), ids[offset]
             first = first_rows.setdefault(custom_id, row)
             if first != row:
-                reason = f"the id {custom_id!r} is there twice; row {first} has it too"
-                column = source.id_column or "custom_id"
-                raise InputError(shown(source.uri), reason, row=row, column=column)
+                lines = _lines_of(source, {first, row})
+                also = f"row {first}" + (f", line {lines[first]}," if first in lines else "")
+                raise InputError(
+                    shown(source.uri),
+                    f"the id {custom_id!r} is there twice; {also} has it too",
+                    row=row,
+                    line=lines.get(row),
+                    column=source.id_column or "custom_id",
+                )
+
+
+def _lines_of(source: PromptSource, rows: set[int]) -> dict[int, int]:
+    """The lines of those rows, which the index does not keep; none for a file without lines."""
+    up_to = takewhile(lambda row: row.line is not None, islice(read_rows(source), max(rows) + 1))
+    return {row.row_id: row.line for row in up_to if row.row_id in rows and row.line}

@@ -102,6 +102,8 @@ class PromptRow:
     """Hash of the first characters: equal for rows that may share a computed prefix."""
     length: int
     """Characters."""
+    line: int | None = field(default=None, compare=False)
+    """Where it begins in its file, from 1; None where the file has no lines."""
 
     def named(self, custom_id: str) -> "PromptRow":
         """The row under its final id."""
@@ -168,6 +170,7 @@ class RowReader:
             sampling,
             xxhash.xxh3_64_hexdigest(head[:PREFIX_CHARACTERS].encode()),
             length,
+            raw.line,
         )
 
     def _id(self, raw: RawRow) -> str:

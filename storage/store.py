@@ -75,8 +75,18 @@ class JobStore:
         return store
 
     @classmethod
+    def require_usable(cls, root_uri: str, job: str, fingerprint: Mapping[str, JsonValue]) -> None:
+        """StoreError unless `create` would begin the job or take it up; nothing is left behind."""
+        store = cls(files_at(_job_uri(root_uri, job)), job)
+        store.files.require_writable()
+        store.files.require_exclusive_create()
+        if store.files.exists("job.json"):
+            store._require_same(store.job_file().fingerprint, dict(fingerprint))
+
+    @classmethod
     def open(cls, root_uri: str, job: str) -> "JobStore":
         """A job that is there; JobNotFoundError otherwise."""
+        _require_name("job", job, JobNotFoundError)
         store = cls(files_at(_job_uri(root_uri, job)), job)
         if not store.files.exists("job.json"):
             there = ", ".join(stored_jobs(root_uri)) or "none"
@@ -248,14 +258,16 @@ def stored_jobs(root_uri: str) -> list[str]:
 
 def _job_uri(root_uri: str, job: str) -> str:
     _require_name("job", job)
+    if not root_uri:
+        raise StoreError("an empty text names no store; name a folder or an fsspec URI")
     return f"{root_uri.rstrip('/')}/{job}"
 
 
-def _require_name(what: str, name: str) -> None:
-    """StoreError unless the name is safe as one step of a path."""
+def _require_name(what: str, name: str, error: type[StoreError] = StoreError) -> None:
+    """The error unless the name is safe as one step of a path."""
     if not _NAME.fullmatch(name):
-        raise StoreError(
-            f"{name!r} cannot name a {what}: use up to 128 letters, digits, '.', '_' and '-',"
+        raise error(
+            f"{name!r:.140} cannot name a {what}: use up to 128 letters, digits, '.', '_' and '-',"
             " starting with a letter or digit"
         )
 

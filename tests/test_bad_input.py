@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -21,14 +22,21 @@ GOOD: list[Row] = [{"id": f"r{n}", "prompt": f"prompt {n}", "quota": n + 1.5} fo
 
 
 def refused(job_file: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that the command says to a bad job; no store may be left behind."""
-    store = job_file.parent / "store"
+    """The one line that the command says to a bad job; nothing new may be left behind."""
+    store, before = job_file.parent / "store", set(job_file.parent.iterdir())
     assert exit_status(["run", str(job_file), "--store", str(store)]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("wagonway: ")
     assert "\n" not in said
-    assert not store.exists()
+    assert set(job_file.parent.iterdir()) == before
     return said
+
+
+@pytest.fixture
+def no_server() -> Iterator[None]:
+    """The Prefect server that is configured does not answer: who needs it fails otherwise."""
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        yield
 
 
 def changed(row: int, **values: object) -> list[Row]:
@@ -84,7 +92,10 @@ BAD_LINES = {
     "no object": ((b"[1]",), ("line 1", "object")),
     "a list": ((b'{"id": "a", "prompt": ["x"]}',), ("row 0", "'prompt'", "a list")),
     "key twice": ((b'{"id": "a", "id": "b", "prompt": "x"}',), ("line 1", "twice")),
-    "id twice": ((b'{"id": "a", "prompt": "x"}', b'{"id": "a", "prompt": "y"}'), ("'a'", "'id'")),
+    "id twice": (
+        (b'{"id": "a", "prompt": "x"}', b"", b'{"id": "a", "prompt": "y"}'),
+        ("'a'", "'id'", "row 1", "line 3", "row 0, line 1,"),
+    ),
 }  # fmt: skip
 
 
@@ -94,7 +105,9 @@ def test_a_bad_line_is_refused_with_its_number(
     fault: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content, named = BAD_LINES[fault]
-    job_file = write_job(tmp_path, tiny_model, GOOD, "p.jsonl", prompts={"prompt_column": "prompt"})
+    job_file = write_job(
+        tmp_path, tiny_model, GOOD, "p.jsonl", prompts={"prompt_column": "prompt"}, results="out/in"
+    )
     lines(tmp_path / "p.jsonl", *content)
     said = refused(job_file, capsys)
     for part in (str(tmp_path / "p.jsonl"), *named):
@@ -111,6 +124,7 @@ def test_a_bad_line_is_refused_with_its_number(
         ({"name": 7}, "name"),
         ({"prompts": ["p.jsonl"]}, "prompts"),
         ({"dtype": "int8"}, "dtype"),
+        ({"results": "a\0b"}, "NUL"),
     ],
 )
 def test_an_unknown_or_senseless_setting_is_refused_by_name(
@@ -205,6 +219,40 @@ def test_layers_that_are_not_attention_are_refused_by_name(
     assert named in refused(job_file, capsys)
 
 
+AT_ONCE: dict[str, tuple[Row, tuple[str, ...]]] = {
+    "model": ({"model": "/no/model"}, ("/no/model: there is no such model folder",)),
+    "prompts": ({"prompts": {"uri": "/no.csv", "prompt_column": "p"}}, ("/no.csv", "no such file")),
+    "column": ({"prompts": {"uri": "p.jsonl", "prompt_column": "ask"}}, ("p.jsonl", "'ask'")),
+    "results": ({"results": "/proc/out"}, ("results: /proc/out", "cannot be written")),
+    "unreachable": ({"results": "ftp://127.0.0.1:9/out"}, ("results: ftp://127.0.0.1:9/out",)),
+}
+
+
+@pytest.mark.usefixtures("no_server")
+@pytest.mark.parametrize("fault", AT_ONCE)
+def test_what_is_seen_at_once_is_said_before_any_server_is_asked(
+    fault: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, named = AT_ONCE[fault]
+    job_file = write_job(tmp_path, tiny_model, GOOD, "p.jsonl", prompts={"prompt_column": "prompt"})
+    job = yaml.safe_load(job_file.read_text(encoding="utf-8"))
+    job_file.write_text(yaml.safe_dump(job | change), encoding="utf-8")
+    said = refused(job_file, capsys)
+    for part in named:
+        assert part in said
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_plan_that_cannot_be_is_refused_and_leaves_no_store(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_file = write_job(tmp_path, tiny_model, GOOD, "p.jsonl", prompts={"prompt_column": "prompt"})
+    store = tmp_path / "store"
+    assert exit_status(["run", str(job_file), "--store", str(store), "--stages", "5"]) == 2
+    assert "no plan fits" in capsys.readouterr().err
+    assert not store.exists()
+
+
 @pytest.mark.usefixtures("prefect_api")
 def test_results_that_could_not_be_written_are_refused_before_any_work(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -216,10 +264,20 @@ def test_results_that_could_not_be_written_are_refused_before_any_work(
     assert f"results: {tmp_path / 'taken'}" in refused(job_file, capsys)
 
 
-@pytest.mark.parametrize("store", ["memory://store", "nowhere://store"])
-def test_a_store_that_cannot_last_is_refused(
-    store: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("no_server")
+@pytest.mark.parametrize(
+    "store", ["memory://store", "nowhere://store", "/proc/store", "dangling", "taken", ""]
+)
+def test_a_store_that_cannot_be_is_refused(
+    store: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "taken").write_text("a file")
     job_file = write_job(tmp_path, tiny_model, GOOD, "p.jsonl", prompts={"prompt_column": "prompt"})
     assert exit_status(["run", str(job_file), "--store", store]) == 2
-    assert store in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert store in said
+    assert said.count("\n") == 1
+    assert not Path("/demo").exists()

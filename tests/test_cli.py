@@ -9,11 +9,15 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.cli import exit_status
+from flows.embedded import control_plane
+from flows.errors import ServerError
 from tests.finished import FinishedJob
 from tests.jobs import WAGONWAY, environment, results, write_job
 
@@ -52,6 +56,12 @@ def test_every_command_explains_itself(command: str, run: Run) -> None:
         ("query",),
         ("query", "select 1", "--format", "xml"),
         ("verify",),
+        ("verify", "a/b"),
+        ("verify", "okk.json"),
+        ("verify", "x" * 300),
+        ("status", "x" * 300),
+        ("status", "--store", ""),
+        ("query", "select 1", "--job", "a/b"),
     ],
 )
 def test_wrong_usage_ends_with_status_2_and_a_reason(arguments: tuple[str, ...], run: Run) -> None:
@@ -164,6 +174,37 @@ def test_a_plan_is_told_in_words_or_json_and_starts_nothing(
     assert 0 < planned["tokens_per_s"] <= planned["bound_tokens_per_s"]
     assert planned["finish_s"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_of_no_rows_the_plan_is_that_there_is_nothing_to_do(
+    tiny_model: Path, run: Run, tmp_path: Path
+) -> None:
+    job_file = write_job(tmp_path, tiny_model, [], "p.jsonl", prompts={"prompt_column": "prompt"})
+    status, out, err = run("plan", job_file)
+    assert (status, err) == (0, "")
+    assert b"Nothing to do" in out
+    status, out, _ = run("plan", job_file, "--json")
+    assert (status, json.loads(out)["pipelines"]) == (0, [])
+
+
+def test_a_server_that_is_not_there_is_named_with_the_way_out() -> None:
+    url = "http://127.0.0.1:9/api"
+    with (
+        pytest.raises(ServerError, match=f"{url} does not answer.*unset PREFECT_API_URL"),
+        temporary_settings({PREFECT_API_URL: url}),
+        control_plane(),
+    ):
+        httpx.get(url)
+
+
+def test_a_home_that_cannot_be_written_is_no_matter(tmp_path: Path) -> None:
+    environs = {**environment(""), "HOME": "/proc/nobody"}
+    environs.pop("PREFECT_HOME", None)
+    command = (*WAGONWAY, "verify", "demo", "--store", str(tmp_path))
+    done = subprocess.run(command, env=environs, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("wagonway: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_terminal_sees_a_bar_and_a_folder_may_have_a_space_in_its_name(
