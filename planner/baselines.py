@@ -6,7 +6,7 @@ Its links stay raw. Placements with overlapping blocks become disjoint chains, s
 Helix's flows, widest first. Integer programs get their first MILP_LIMIT_S, and say where they stopped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,7 +36,7 @@ from planner.placement import (
 from planner.plan import Plan
 from planner.problem import Problem, among, cell_costs, problem
 from planner.ring import Found
-from planner.routing import shortest_route
+from planner.routing import Hop, chains_by_capacity, shortest_route
 from planner.solve import plan_of
 
 Chain = tuple[tuple[int, ...], tuple[int, ...]]
@@ -54,6 +54,8 @@ class Placed:
 
     chains: list[Chain]
     notes: tuple[str, ...] = ()
+    sessions: tuple[int, ...] = ()
+    """Rows in flight of each chain at most, where the method has a word for that."""
 
 
 def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
@@ -67,7 +69,12 @@ def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workloa
     given = problem(cluster, model, workload)
     tried = cells(workload)
     placed = METHODS[method](given)
-    rings = [ring for chain in placed.chains if (ring := _ring(given, tried, chain))]
+    most = placed.sessions or (workload.rows,) * len(placed.chains)
+    rings = [
+        ring
+        for chain, rows in zip(placed.chains, most, strict=True)
+        if (ring := _ring(given, [cell for cell in tried if cell.rows <= rows], chain))
+    ]
     if not rings:
         reason = why_none(given, tried)
         raise InfeasibleError(f"{method} forms no pipeline on these nodes: {reason}")
@@ -75,7 +82,7 @@ def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workloa
     return replace(plan, basis=(*placed.notes, *plan.basis))
 
 
-def _ring(given: Problem, tried: tuple[Cell, ...], chain: Chain) -> Found | None:
+def _ring(given: Problem, tried: Sequence[Cell], chain: Chain) -> Found | None:
     """The chain as it is, in the cell where it is fastest."""
     order, layers = chain
     own, best = among(given, order), None
@@ -155,26 +162,43 @@ def _petals(given: Problem) -> Placed:
 
 
 def _gbp_cr(given: Problem) -> Placed:
-    chains = gbp_cr(_servers(given), _sizes(given), _sessions(given))
-    at = {node.name: i for i, node in enumerate(given.nodes)}
     return Placed(
-        [
-            (tuple(at[s.server.name] for s in chain), tuple(s.blocks for s in chain))
-            for chain in chains
-        ]
+        [_chain_of(given, [Hop(span, span.blocks) for span in c]) for c in _chains(given)]
     )
+
+
+def _gca(given: Problem) -> Placed:
+    """GBP-CR's blocks; chains over them, and the sessions of each, as GCA allocates caches."""
+    spans = [span for chain in _chains(given) for span in chain]
+    chains: list[Chain] = []
+    sessions: list[int] = []
+    used: set[int] = set()
+    for route, held in chains_by_capacity(spans, _sizes(given)):
+        chain = _chain_of(given, route)
+        if used.isdisjoint(chain[0]):  # a ring has its nodes to itself
+            chains.append(chain)
+            sessions.append(held)
+            used.update(chain[0])
+    return Placed(chains, sessions=tuple(sessions))
+
+
+def _chains(given: Problem) -> list[list[Span]]:
+    return gbp_cr(_servers(given), _sizes(given), _sessions(given))
+
+
+def _chain_of(given: Problem, route: Sequence[Hop]) -> Chain:
+    at = {node.name: i for i, node in enumerate(given.nodes)}
+    return tuple(at[hop.span.server.name] for hop in route), tuple(hop.blocks for hop in route)
 
 
 def _disjoint(given: Problem, spans: list[Span]) -> list[Chain]:
     """Shortest routes, each over spans that no earlier one uses."""
-    at = {node.name: i for i, node in enumerate(given.nodes)}
     chains: list[Chain] = []
     while True:
         route = shortest_route(spans, given.model.layers)
         if route is None:
             return chains
-        order = tuple(at[hop.span.server.name] for hop in route)
-        chains.append((order, tuple(hop.blocks for hop in route)))
+        chains.append(_chain_of(given, route))
         used = {hop.span for hop in route}
         spans = [span for span in spans if span not in used]
 
@@ -240,6 +264,7 @@ METHODS: dict[str, Callable[[Problem], Placed]] = {
     "cg-bp": _cg_bp,
     "ws-rr": _cg_bp,
     "gbp-cr": _gbp_cr,
+    "gca": _gca,
     "petals": _petals,
     "parallax": _parallax,
     "equal": _equal,

@@ -105,7 +105,7 @@ def _check_number(what: str, name: str, value: float) -> None:
         raise InfeasibleError(f"{what} is {value:g}; it cannot be negative")
     if value == 0 and name in _POSITIVE:
         raise InfeasibleError(f"{what} is 0; it must be above 0")
-    unlimited = name.endswith("bytes_per_s") and math.isinf(value)
+    unlimited = (name.endswith("bytes_per_s") or name == "most") and math.isinf(value)
     if value > LARGEST and not unlimited:
         raise InfeasibleError(f"{what} is {value:g}, absurdly large; check its unit")
 

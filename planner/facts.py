@@ -122,6 +122,8 @@ class Lengths:
 
     mean: float
     p95: float
+    most: float = float("inf")
+    """No row is longer: a job's `max_new_tokens`, say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,8 @@ def _along(points: tuple[tuple[float, float], ...], x: float) -> float:
 def step_layer_s(
     node: Node,
     model: ModelShape,
-    decodes: tuple[int, float],
-    prefills: tuple[int, float],
+    decodes: tuple[float, float],
+    prefills: tuple[float, float],
     width: int = 1,
 ) -> float:
     """Seconds of one layer for a mixed step: (rows, context) decoded, (tokens, prompt) prefilled.

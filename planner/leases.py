@@ -57,15 +57,25 @@ class Desk:
     def worthwhile(self, number: int, waiting: int) -> bool:
         """Whether a pipeline ends a long row before the others, with all that wait, would."""
         others = [n for n in self.paces if n != number]
-        if not others:
-            return True
-        rate = sum(1.0 / self.paces[n].row_s for n in others)
-        room = sum(self.room(n) for n in others)
-        soonest_s = min(self.paces[n].service_s(self.tokens) for n in others)
-        if not rate:  # none of the others moves
-            return True
-        wait_s = max(waiting - room, 0) / rate
-        return self.paces[number].service_s(self.tokens) <= wait_s + soonest_s
+        return self.paces[number].service_s(self.tokens) <= self._ended_s(others, waiting)
+
+    def _ended_s(self, numbers: Sequence[int], rows: int) -> float:
+        """Seconds in which these pipelines could end so many long rows more; infinite if never.
+
+        A pipeline counts from the time on at which its first row would be ended: its room then, and
+        a place whenever one of its rows leaves.
+        """
+        room, rate, begins_s = 0.0, 0.0, 0.0
+        for service_s, n in sorted((self.paces[n].service_s(self.tokens), n) for n in numbers):
+            room += rate * (service_s - begins_s)
+            if room >= rows:
+                return service_s - (room - rows) / rate
+            begins_s = service_s
+            room += self.room(n)
+            if room >= rows:
+                return service_s
+            rate += 1.0 / self.paces[n].row_s
+        return begins_s + (rows - room) / rate if rate else float("inf")
 
     def least_wait_and_service(self, open_lines: Sequence[int]) -> int:
         """The pipeline that would end a row first, its present rows waited for."""

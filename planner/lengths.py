@@ -1,21 +1,56 @@
 """What a mean and a 95th percentile say of a distribution of lengths, taken as lognormal."""
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.facts import Lengths
 
 Z95 = 1.645
+_NORMAL = NormalDist()
 
 
-def spread(lengths: Lengths) -> float:
-    """The lognormal's sigma: ln(p95 / mean) = 1.645 sigma - sigma^2 / 2, which is at most 1.353."""
-    log_ratio = math.log(max(lengths.p95 / lengths.mean, 1.0))
-    return Z95 - math.sqrt(max(Z95**2 - 2.0 * log_ratio, 0.0))
+@lru_cache(maxsize=256)
+def lognormal(lengths: Lengths) -> tuple[float, float]:
+    """The mean and deviation of the logarithm, so that lengths cut at `most` have the given figures.
+
+    Uncut, ln(p95 / mean) = 1.645 sigma - sigma^2 / 2, which is at most 1.353.
+    """
+    ratio = max(lengths.p95 / lengths.mean, 1.0)
+    if math.isinf(lengths.most) or lengths.p95 >= lengths.most:
+        sigma = Z95 - math.sqrt(max(Z95**2 - 2.0 * math.log(ratio), 0.0))
+        return math.log(lengths.mean) - sigma**2 / 2.0, sigma
+    low, high = 0.0, 2.0 * Z95
+    for _ in range(50):  # the wider, the smaller the mean below a given percentile
+        sigma = (low + high) / 2.0
+        mean = _mean_cut(math.log(lengths.p95) - Z95 * sigma, sigma, lengths.most)
+        low, high = (sigma, high) if mean > lengths.mean else (low, sigma)
+    return math.log(lengths.p95) - Z95 * high, high
+
+
+def _mean_cut(mu: float, sigma: float, most: float) -> float:
+    if not sigma:
+        return min(math.exp(mu), most)
+    beyond = (math.log(most) - mu) / sigma
+    whole = math.exp(mu + sigma**2 / 2.0) * _NORMAL.cdf(beyond - sigma)
+    return whole + most * (1.0 - _NORMAL.cdf(beyond))
 
 
 def longest_tokens(lengths: Lengths, rows: int) -> float:
     """The length that one of so many rows exceeds on average."""
-    sigma = spread(lengths)
-    z = NormalDist().inv_cdf(max(1.0 - 1.0 / max(rows, 2), 0.5))
-    return lengths.mean * math.exp(z * sigma - sigma**2 / 2.0)
+    mu, sigma = lognormal(lengths)
+    z = _NORMAL.inv_cdf(max(1.0 - 1.0 / max(rows, 2), 0.5))
+    return min(math.exp(mu + z * sigma), lengths.most)
+
+
+def survival(lengths: Lengths, rows: int) -> NDArray[np.float64]:
+    """The share of rows that are longer than 0, 1, 2, ... tokens, up to the longest of so many."""
+    mu, sigma = lognormal(lengths)
+    ends = range(max(math.ceil(longest_tokens(lengths, rows) - 1e-6), 1))
+    if not sigma:
+        return np.ones(len(ends))
+    longer = (1.0 - _NORMAL.cdf((math.log(j) - mu) / sigma) for j in ends[1:])
+    return np.array([1.0, *longer])

@@ -12,15 +12,14 @@ import numpy as np
 from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, tokens_per_round
 from planner.facts import CodecRate, Workload
 from planner.kv_blocks import BLOCK_TOKENS
-from planner.layer_times import head_s, step_layer_s
+from planner.layer_times import head_s
 from planner.leases import Pace
 from planner.plan import Pipeline
 from planner.prefixes import SHARE_TOKENS
 from planner.problem import Problem, cell_of, judged, pass_s
+from planner.rounds import CHUNKS_PER_STEP, stage_step_s
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
 
-CHUNKS_PER_STEP = 2
-"""Prefill chunks that may travel with a step's decodes."""
 CONTEXT_GRAIN = 32
 """Mean contexts are rounded up to this, so that equal steps are costed once."""
 
@@ -208,12 +207,7 @@ class Line:
         decodes, context, prefills, _ = key
         node, plan, model = self.nodes[stage], self.pipeline.stages[stage], self.given.model
         prompt, width = self.given.work.prompt_tokens.mean, self.pipeline.draft_len + 1
-        step = step_layer_s(node, model, (decodes, context), (prefills, prompt), width)
-        streamed = plan.weights_offloaded * model.layer_bytes
-        kv = decodes * context * model.kv_bytes_per_token_layer * plan.layers
-        streamed += plan.kv_offloaded * kv
-        stream_s = streamed / node.stream_bytes_per_s if streamed else 0.0
-        return max(plan.layers * step, stream_s) + node.step_s
+        return stage_step_s(node, plan, model, (decodes, context), (prefills, prompt), width)
 
 
 class _Acceptance:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.facts import Lengths, Workload
-from planner.lengths import spread
+from planner.lengths import lognormal
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,6 @@ def arriving(rows: list[Row], rows_per_s: float, seed: int) -> list[Row]:
 
 
 def _lengths(pick: np.random.Generator, lengths: Lengths, count: int) -> Iterator[float]:
-    """Lognormal with the mean and, if it can have it, the 95th percentile; at least 1."""
-    sigma = spread(lengths)
-    drawn = pick.lognormal(np.log(lengths.mean) - sigma**2 / 2.0, sigma, count)
-    return iter(np.maximum(np.rint(drawn), 1.0))
+    """Lognormal with the mean and, if it can have it, the 95th percentile; 1 to `most`."""
+    drawn = pick.lognormal(*lognormal(lengths), count)
+    return iter(np.clip(np.rint(drawn), 1.0, lengths.most))

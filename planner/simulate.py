@@ -127,13 +127,18 @@ class _Run:
     replans: int = 0
     rows_again: int = 0
     end_s: float = 0.0
+    quota: int = 0
+    """Tokens that any row may make, as far as its head knows."""
     longest: int = 0
     lines_made: int = 0
 
     def result(self) -> Simulated:
         """Run to the end and count."""
+        outputs = self.given.work.output_tokens
+        longest = max(1, *(row.output_tokens for row in self.rows))
+        self.quota = max(longest, int(outputs.most)) if outputs.most < math.inf else longest
         self.longest = max(self._limit(row) for row in self.rows)
-        self.desk = Desk(LONG_ROW * self.given.work.output_tokens.p95)
+        self.desk = Desk(min(LONG_ROW * outputs.p95, outputs.most))
         self._schedule()
         for pipeline in self.plan.pipelines:
             self._open(pipeline, load_s(self.given, pipeline), 0.0)
@@ -166,9 +171,8 @@ class _Run:
         return Flight(number, row.prompt_tokens, row.output_tokens, self._limit(row), since_s)
 
     def _limit(self, row: Row) -> int:
-        """Tokens that a row's blocks are granted for: nobody knows its true length before."""
-        output = max(row.output_tokens, int(self.given.work.output_tokens.p95))
-        return row.prompt_tokens + max(output, 1)
+        """Tokens that a row may grow to: nobody knows its true length before."""
+        return row.prompt_tokens + self.quota
 
     def _schedule(self) -> None:
         """Put all arrivals and changes on the clock; rows that are there at once only queue."""

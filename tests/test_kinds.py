@@ -12,7 +12,8 @@ from planner.facts import Cluster, Lengths, Link, ModelShape, Node, Workload
 from planner.kinds import best_counts, kinds_of, solve_by_kinds
 from planner.milp import Program
 from planner.problem import Problem, problem
-from planner.solve import SAME, solve
+from planner.settle import SAME
+from planner.solve import solve
 from tests.planner_oracle import ring_row_s
 
 GRID = (Cell(1, 1), Cell(4, 2), Cell(16, 8), Cell(32, 2))

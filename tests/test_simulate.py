@@ -18,6 +18,7 @@ from planner.facts import (
     Node,
     Workload,
 )
+from planner.leases import Desk, Pace
 from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
 from planner.rehearse import candidates, rehearsed
 from planner.rows import Row, arriving, sample_rows
@@ -265,3 +266,32 @@ def test_ten_thousand_rows_on_24_nodes_take_seconds_not_minutes() -> None:
     started = time.process_time()
     assert simulate(plan, facts, MODEL, work).rows == 10_000
     assert time.process_time() - started < 30.0
+
+
+@pytest.mark.parametrize("bytes_per_s", [5e8, 2e7, 4e6])
+def test_job_of_few_rows_ends_about_when_the_plan_says(bytes_per_s: float) -> None:
+    # Links from those that never bind to those that only chunks of prompts fill.
+    facts = replace(cluster(1, 3, 2), default_link=Link("", "", 0.02, bytes_per_s))
+    work = Workload(300, Lengths(120, 300), Lengths(60, 150, 160))
+    plan = solve(facts, MODEL, work)
+    runs = [simulate(plan, facts, MODEL, work, rows=sample_rows(work, seed)) for seed in range(3)]
+    seen_s = sum(run.finish_s for run in runs) / 3
+    assert plan.finish_s == pytest.approx(seen_s, rel=0.2)
+
+
+def test_no_row_is_longer_than_the_workloads_most() -> None:
+    work = replace(WORK, rows=5_000, output_tokens=Lengths(60, 150, 160))
+    outputs = np.array([row.output_tokens for row in sample_rows(work, 0)])
+    assert outputs.max() == 160
+    assert outputs.mean() == pytest.approx(60, rel=0.05)
+    assert np.percentile(outputs, 95) == pytest.approx(150, rel=0.05)
+
+
+def test_who_is_full_is_not_said_to_have_room_by_one_who_is_too_slow() -> None:
+    desk = Desk(100.0)
+    for number, pass_s in enumerate((0.1, 0.1, 9.0)):
+        desk.enter(number, Pace(pass_s, pass_s, 1.0, rows=10))
+    desk.held.update({0: 10, 1: 9})
+    # The first is full and the third would take a quarter of an hour: the second is as quick as any.
+    assert desk.worthwhile(1, waiting=5)
+    assert not desk.worthwhile(2, waiting=5)

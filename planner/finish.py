@@ -1,0 +1,109 @@
+"""When a job of so many rows is done: loading, the first way round, the steady middle, and the tail.
+
+A ring with few rows left goes round hardly faster than a full one, for it reads the same weights and
+crosses the same links. What a round of n rows takes beyond n / R of a full one's seconds is lost, and
+the more unequal the rows are, the more such rounds the tail has.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cost import Floats, decode_rounds, tokens_per_round
+from planner.lengths import survival
+from planner.plan import Pipeline
+from planner.problem import Problem, among, cell_costs, load_s, pass_s, pipeline_of
+from planner.ring import Found
+from planner.rounds import prefill_steps, round_s
+
+POINTS = 12
+"""Numbers of rows for which a round is costed; between them, it is interpolated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A ring's part of a job."""
+
+    row_s: float
+    """Seconds per row while the ring is full and prompts travel with decodes."""
+    lost_s: float
+    """Seconds beside these: loading, the first way round, and what the tail loses."""
+    tail_s: float
+    """From the last row's admission to its end."""
+
+
+def finish_s(given: Problem, rings: list[Found]) -> float:
+    """Seconds until rings that share the rows have answered them all."""
+    return together_s(given.work.rows, courses(given, rings))
+
+
+def first_done(given: Problem, rings: list[Found]) -> list[Found]:
+    """The rings without those that a job would only wait for at its end."""
+    known = courses(given, rings)
+    kept = sorted(range(len(rings)), key=lambda i: known[i].lost_s + known[i].tail_s)
+    best_s = together_s(given.work.rows, known)
+    while len(kept) > 1:
+        fewer_s = together_s(given.work.rows, [known[i] for i in kept[:-1]])
+        if fewer_s > best_s:
+            break
+        kept, best_s = kept[:-1], fewer_s
+    return [rings[i] for i in kept]
+
+
+def together_s(rows: int, parts: list[Course]) -> float:
+    """Each ring gives its rate from the end of its lost time on; one that is too slow gives nothing."""
+    parts = sorted(parts, key=lambda part: part.lost_s)
+    rate = spent = 0.0
+    end_s = float("inf")
+    for part in parts:
+        if part.lost_s >= end_s:
+            break
+        rate += 1.0 / part.row_s
+        spent += part.lost_s / part.row_s
+        end_s = (rows + spent) / rate
+    return end_s
+
+
+def courses(given: Problem, rings: list[Found]) -> list[Course]:
+    """What a job of these rings, together, is for each."""
+    waves = given.work.rows / sum(ring.cell.rows for ring in rings)
+    return [_course(given, ring, waves) for ring in rings]
+
+
+def _course(given: Problem, ring: Found, waves: float) -> Course:
+    own, cell = among(given, ring.order), ring.cell
+    costs = cell_costs(own, cell)
+    pipeline = pipeline_of(own, costs, tuple(range(len(ring.order))), ring.split)
+    rounds = decode_rounds(own.work, cell.draft_len)
+    passes = rounds + prefill_steps(own.work)
+    full_s = round_s(own, pipeline, cell.rows * rounds / passes, cell.rows / passes)
+    bare_s = round_s(own, pipeline, cell.rows)
+    left = cell.rows * min(waves, 1.0) * _tail(own, waves, 1.0 - bare_s / full_s)
+    tail_s = _rounds_s(own, pipeline, left) / tokens_per_round(own.work.acceptance, cell.draft_len)
+    lost_s = tail_s.sum() - bare_s * left.sum() / cell.rows
+    first_s = load_s(own, pipeline) + pass_s(own, cell, ring.split.life_s)
+    return Course(full_s * passes / cell.rows, float(first_s + lost_s), float(tail_s.sum()))
+
+
+def _rounds_s(given: Problem, pipeline: Pipeline, rows: Floats) -> Floats:
+    """Seconds of rounds with these numbers of rows, none with fewer than one."""
+    counts = np.geomspace(1.0, max(rows.max(initial=1.0), 1.0), POINTS)
+    seconds = [round_s(given, pipeline, n) for n in counts]
+    return np.interp(rows, counts, seconds)
+
+
+def _tail(given: Problem, waves: float, prefilling: float) -> Floats:
+    """The share of a ring's rows that still decode after each token of its tail.
+
+    In a job of one wave all rows start together, and those left are those that are longer. Later ones
+    start as others end, and what is left of them is what is left of rows met at random; how near a
+    job comes to that, unequal rows and the prefills that keep rows apart decide.
+    """
+    longer = survival(given.work.output_tokens, given.work.rows)
+    mean, ages = longer.sum(), np.arange(len(longer))
+    met = np.cumsum(longer[::-1])[::-1] / mean
+    unequal = max(float((2 * ages + 1) @ longer) / mean**2 - 1.0, 0.0)
+    # Starts that are spread evenly over a row's life have a variance of a twelfth of its square.
+    apart = min((12.0 * waves * unequal + prefilling**2) ** 0.5, 1.0)
+    apart *= min(max(waves - 1.0, 0.0), 1.0)
+    return np.asarray(apart * met + (1.0 - apart) * longer, np.float64)

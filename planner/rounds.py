@@ -1,0 +1,88 @@
+"""Seconds of one way round a ring, with so many rows in its slots and some prompts beside them."""
+
+import numpy as np
+
+from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, Floats, mean_context, prefill_tokens
+from planner.facts import ModelShape, Node, Workload
+from planner.layer_times import head_s, step_layer_s
+from planner.lengths import survival
+from planner.plan import Pipeline, StagePlan
+from planner.problem import Problem, order_of
+from planner.schedule import CHUNK_TOKENS
+
+CHUNKS_PER_STEP = 2
+"""Prefill chunks that may travel with a step's decodes."""
+
+
+def stage_step_s(
+    node: Node,
+    stage: StagePlan,
+    model: ModelShape,
+    decodes: tuple[float, float],
+    prefills: tuple[float, float],
+    width: int,
+) -> float:
+    """One step's seconds on a stage, LM head aside: (rows, context) decoded, (tokens, prompt) prefilled.
+
+    What streams from host memory does so beside the computing.
+    """
+    step = step_layer_s(node, model, decodes, prefills, width)
+    rows, context = decodes
+    streamed = stage.weights_offloaded * model.layer_bytes
+    kv = rows * context * model.kv_bytes_per_token_layer * stage.layers
+    streamed += stage.kv_offloaded * kv
+    stream_s = streamed / node.host_to_device_bytes_per_s if streamed else 0.0
+    return max(stage.layers * step, stream_s) + node.step_s
+
+
+def round_s(given: Problem, pipeline: Pipeline, rows: float, prompts: float = 0.0) -> float:
+    """Seconds in which each of so many rows decodes once, while so many prompts are prefilled.
+
+    Either the slots keep the slowest stage, codec or link busy, or they follow one another all the
+    way round. Frames keep their order: one that carries a chunk of a prompt takes longer at every
+    station, and holds up the others behind it.
+    """
+    slots = min(pipeline.in_flight, max(rows, 1.0))
+    bare_s, way_s = _stations(given, pipeline, rows / slots, 0.0)
+    if not prompts:
+        return float(max(slots * bare_s.max(), way_s))
+    tokens = prompts * prefill_tokens(given.work) / slots
+    chunk = max(prefill_tokens(given.work) / prefill_steps(given.work), tokens, 1.0)
+    laden_s, _ = _stations(given, pipeline, rows / slots, chunk)
+    more_s, laden = laden_s - bare_s, tokens / chunk
+    between = (1.0 - laden) / laden
+    held_s = slots * (between * bare_s.max() + way_s + more_s.sum()) / (slots + between)
+    steady_s = (slots * (bare_s + laden * more_s)).max()
+    return float(max(steady_s, way_s + laden * more_s.sum(), held_s))
+
+
+def prefill_steps(work: Workload) -> float:
+    """Steps that a mean prompt takes, alone in its slot's steps."""
+    longer = survival(work.prompt_tokens, work.rows)
+    shared = work.prompt_tokens.mean * work.shared_prefix_fraction
+    return float(longer[int(shared) :: CHUNKS_PER_STEP * CHUNK_TOKENS].sum())
+
+
+def _stations(
+    given: Problem, pipeline: Pipeline, rows: float, chunk: float
+) -> tuple[Floats, float]:
+    """Seconds that a step of so many rows and a chunk keeps each station busy, and is on its way."""
+    width, prompt = pipeline.draft_len + 1, given.work.prompt_tokens.mean
+    at, decodes = order_of(given, pipeline), (rows, mean_context(given.work))
+    stages_s = [
+        stage_step_s(given.nodes[i], stage, given.model, decodes, (chunk, prompt), width)
+        for i, stage in zip(at, pipeline.stages, strict=True)
+    ]
+    stages_s[-1] += head_s(given.nodes[at[-1]], given.model, rows * width)
+    busy_s, way_s = list(stages_s), sum(stages_s)
+    for place, link in enumerate(pipeline.links):
+        i, j = at[place], at[(place + 1) % len(at)]
+        codec, last = given.work.codec.get(link.codec), place == len(at) - 1
+        forward = (rows * width + chunk) * given.model.activation_bytes_per_token
+        raw = rows * width * ID_BYTES if last else forward
+        coding_s = raw / codec.bytes_per_s if codec else 0.0
+        sent = raw / (codec.ratio if codec else 1.0) + FRAME_BYTES + ROW_BYTES * rows
+        wire_s = sent / float(given.net.bytes_per_s[i, j])
+        busy_s += [wire_s, coding_s]
+        way_s += wire_s + 2.0 * coding_s + float(given.net.latency_s[i, j])
+    return np.array(busy_s), way_s
