@@ -26,7 +26,7 @@ from planner.solve import plan_of, solve
 
 QUICK_METHODS = ("cg-bp", "gbp-cr", "petals", "parallax")
 """Published methods whose plans are candidates too: they cost milliseconds."""
-ROWS_IN_FLIGHT = (4, 8, 16, 32, 64, 128)
+ROWS_IN_FLIGHT = (4, 16, 64)
 """Limits under which the solver is asked again: fewer rows in flight, quicker rounds."""
 REHEARSED_ROWS = 1_000
 """Rows of a sample at most: beyond, start and tail no longer decide."""
@@ -34,7 +34,7 @@ MANY_NODES = 100
 """Above, the solver is asked once: each plan takes seconds."""
 HOPELESS = 0.03
 """A plan that is so far behind after the first sample is not played to the end."""
-TRIALS = 20
+TRIALS = 12
 """Changes of one setting that are rehearsed, in all."""
 WORTH = 0.005
 """A change must save so much: what saves less may only suit the samples."""
