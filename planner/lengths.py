@@ -46,6 +46,7 @@ def longest_tokens(lengths: Lengths, rows: int) -> float:
     return min(math.exp(mu + z * sigma), lengths.most)
 
 
+@lru_cache(maxsize=256)
 def survival(lengths: Lengths, rows: int) -> NDArray[np.float64]:
     """The share of rows that are longer than 0, 1, 2, ... tokens, up to the longest of so many."""
     mu, sigma = lognormal(lengths)

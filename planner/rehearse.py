@@ -32,6 +32,8 @@ REHEARSED_ROWS = 1_000
 """Rows of a sample at most: beyond, start and tail no longer decide."""
 MANY_NODES = 100
 """Above, the solver is asked once: each plan takes seconds."""
+UNLIKELY = 1.5
+"""A plan that is expected to end so much later than another is not rehearsed."""
 HOPELESS = 0.03
 """A plan that is so far behind after the first sample is not played to the end."""
 TRIALS = 12
@@ -73,9 +75,15 @@ class _Stage:
 
 
 def rehearsed(
-    cluster: Cluster, model: ModelShape, workload: Workload, samples: Sequence[Sequence[Row]]
+    cluster: Cluster,
+    model: ModelShape,
+    workload: Workload,
+    samples: Sequence[Sequence[Row]],
+    plans: Sequence[Plan] = (),
 ) -> Plan:
     """The plan that ends the sampled rows first, on average over the samples.
+
+    It is one of the candidates, or of these plans, with the settings that suit the samples best.
 
     Raises:
         InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
@@ -83,8 +91,9 @@ def rehearsed(
     stage = _Stage(problem(cluster, model, workload), tuple(tuple(rows) for rows in samples))
     best: _Run | None = None
     runs: list[_Run] = []
-    plans = candidates(cluster, model, workload)
-    for plan in plans:
+    plans = plans or candidates(cluster, model, workload)
+    soonest_s = min(plan.finish_s for plan in plans)
+    for plan in (p for p in plans if p.finish_s <= UNLIKELY * soonest_s):
         run = stage.play(plan, best)
         if run:
             runs.append(run)

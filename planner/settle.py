@@ -11,6 +11,8 @@ from planner.ring import Found
 
 SAME = 0.005
 """Rates and finish times this close count as equal; the calmer setting then wins."""
+SLOWER = 1.5
+"""What a ring loses of its rate beyond this, no shorter tail brings back."""
 FEW_RINGS = 8
 FEW_WAVES = 20
 """A job that fills at most so many rings at most so many times is settled for its end; a longer one, or
@@ -49,7 +51,7 @@ def _near(given: Problem, tried: Sequence[Cell], ring: Found) -> list[Found]:
         if cell.draft_len != now.draft_len or not (same_batch or cell.in_flight == now.in_flight):
             continue
         split = best_split(cell_costs(own, cell).ring(place))
-        if split:
+        if split and split.row_s <= SLOWER * ring.split.row_s:
             near.append(replace(ring, cell=cell, split=split))
     return near
 
