@@ -31,7 +31,7 @@ def stage_step_s(
     streamed = stage.weights_offloaded * model.layer_bytes
     kv = rows * context * model.kv_bytes_per_token_layer * stage.layers
     streamed += stage.kv_offloaded * kv
-    stream_s = streamed / node.host_to_device_bytes_per_s if streamed else 0.0
+    stream_s = streamed / node.stream_bytes_per_s if streamed else 0.0
     return max(stage.layers * step, stream_s) + node.step_s
 
 
