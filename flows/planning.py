@@ -13,6 +13,7 @@ from planner.facts import InfeasibleError, Lengths, Workload
 from planner.kv_blocks import BLOCK_TOKENS, Wanted, kv_blocks, kv_room
 from planner.plan import Pipeline, Plan
 from planner.prefixes import SHARE_TOKENS, marks
+from planner.rounds import CHUNKS_PER_STEP
 from planner.schedule import CHUNK_TOKENS
 from planner.solve import solve_in_order
 from planner.tempo import MOST
@@ -20,9 +21,6 @@ from stages.codec import INT8
 from stages.config import Ring
 from stages.errors import PromptError
 from storage.prompts import PromptRow
-
-CHUNKS_PER_STEP = 2
-"""Prefill chunks that may travel with a step's decodes: more fills the ring sooner, and unevenly."""
 
 NOTHING = Plan((), 0.0, 0.0, 0.0, 0.0, "the input has no rows")
 """The plan for no rows at all."""

@@ -26,14 +26,6 @@ class Prefill:
     block_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """One request: how long it waited for memory, and from its coming to its end."""
-
-    wait_s: float
-    total_s: float
-
-
 def whole_request(server: Server, prefill: Prefill, tokens: int) -> Server:
     """The server with the seconds of a request of so many tokens in place of those of one token."""
     return replace(

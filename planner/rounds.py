@@ -11,7 +11,7 @@ from planner.problem import Problem, order_of
 from planner.schedule import CHUNK_TOKENS
 
 CHUNKS_PER_STEP = 2
-"""Prefill chunks that may travel with a step's decodes."""
+"""Prefill chunks that may travel with a step's decodes: more fills the ring sooner, and unevenly."""
 
 
 def stage_step_s(

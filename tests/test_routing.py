@@ -7,7 +7,13 @@ import pytest
 
 from planner.online import WaitAware
 from planner.placement import Server, Sizes, Span, cg_bp
-from planner.routing import chains_by_capacity, hop_blocks, route_s, shortest_route
+from planner.routing import (
+    cache_slots,
+    chains_by_capacity,
+    hop_blocks,
+    route_s,
+    shortest_route,
+)
 from tests.test_placement import servers
 
 
@@ -72,6 +78,27 @@ def test_chains_take_sessions_until_memory_is_full() -> None:
     spans = [Span(fast, 0, 4), Span(slow, 0, 4)]
     chains = chains_by_capacity(spans, Sizes(4, 2.0, 0.25))
     assert [(c[0][0].span.server.name, c[1]) for c in chains] == [("fast", 2), ("slow", 4)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chains_hold_no_more_sessions_than_memory_and_leave_no_route_that_could_hold_one(
+    seed: int,
+) -> None:
+    pick = random.Random(seed)
+    sizes = Sizes(4, 2.0, 0.25)
+    crowd = [Server(str(i), pick.uniform(4, 12), pick.random(), pick.random()) for i in range(6)]
+    spans = cg_bp(crowd, sizes, 1) or []
+    slots = dict(zip(spans, cache_slots(spans, sizes), strict=True))
+    times = []
+    for route, sessions in chains_by_capacity(spans, sizes):
+        times.append(route_s(route))
+        for hop in route:
+            slots[hop.span] -= sessions * hop.blocks
+    assert times == sorted(times)
+    assert min(slots.values(), default=0) >= 0
+    # A span that cannot hold one session of what it adds is out; the others form no route.
+    left = [span for span, free in slots.items() if free >= span.blocks]
+    assert shortest_route(left, sizes.blocks) is None
 
 
 def test_two_a100_chain_of_the_paper_takes_455_ms_a_token() -> None:
