@@ -108,14 +108,16 @@ def shrunk(cluster: Cluster, seed: int) -> Cluster:
 def race(seed: int) -> Race | None:
     """One cluster's runs; None where nothing fits, or no baseline does."""
     cluster = shrunk(random_cluster(seed, 4 + seed % 5, 1 + seed % 3), seed)
-    samples = [sample_rows(WORK, seed + 10_000 * (i + 1)) for i in range(SAMPLES)]
+    drawn = [sample_rows(WORK, seed + 10_000 * (i + 1)) for i in range(2 * SAMPLES)]
+    samples, others = drawn[:SAMPLES], drawn[SAMPLES:]
     try:
         tried = candidates(cluster, MODEL_40, WORK)
     except InfeasibleError:
         return None
-    plans = {PLANNED: tried[0], OURS: rehearsed(cluster, MODEL_40, WORK, samples, tried)}
+    best = rehearsed(cluster, MODEL_40, WORK, samples, others=others, plans=tried)
+    plans = {PLANNED: tried[0], OURS: best}
     if seed % RAW_EVERY == 0:
-        plans[RAW_LINKS] = rehearsed(cluster, MODEL_40, RAW, samples)
+        plans[RAW_LINKS] = rehearsed(cluster, MODEL_40, RAW, samples, others=others)
     for method in METHODS:
         if method in PROGRAMS and seed % PROGRAMS_EVERY:
             continue

@@ -28,7 +28,7 @@ OURS = "exact"
 REHEARSED = "rehearsed"
 PLANNERS = (OURS, REHEARSED, *METHODS)
 SAMPLES = 3
-"""Draws of rows that a rehearsal runs."""
+"""Draws of rows that a rehearsal runs, and again that the best few run after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,9 @@ class Imagined:
     def _rehearsed(self) -> Plan:
         few = replace(self.work, rows=min(self.work.rows, REHEARSED_ROWS))
         # Seeds that no simulation uses by itself: a plan is not judged on the rows it was made for.
-        samples = [sample_rows(few, 1_000_000 + i) for i in range(SAMPLES)]
-        return rehearsed(self.cluster, self.model, self.work, samples)
+        drawn = [sample_rows(few, 1_000_000 + i) for i in range(2 * SAMPLES)]
+        samples, others = drawn[:SAMPLES], drawn[SAMPLES:]
+        return rehearsed(self.cluster, self.model, self.work, samples, others=others)
 
     def at_first(self, course: Course) -> "Imagined":
         """The problem without the nodes that join later."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import Floats, decode_rounds, tokens_per_round
+from planner.cost import Floats, tokens_per_round
 from planner.lengths import survival
 from planner.plan import Pipeline
 from planner.problem import Problem, among, cell_costs, load_s, pass_s, pipeline_of
 from planner.ring import Found
-from planner.rounds import prefill_steps, round_s
+from planner.rounds import round_s, steady
 
 POINTS = 12
 """Numbers of rows for which a round is costed; between them, it is interpolated."""
@@ -74,15 +74,12 @@ def _course(given: Problem, ring: Found, waves: float) -> Course:
     own, cell = among(given, ring.order), ring.cell
     costs = cell_costs(own, cell)
     pipeline = pipeline_of(own, costs, tuple(range(len(ring.order))), ring.split)
-    rounds = decode_rounds(own.work, cell.draft_len)
-    passes = rounds + prefill_steps(own.work)
-    full_s = round_s(own, pipeline, cell.rows * rounds / passes, cell.rows / passes)
-    bare_s = round_s(own, pipeline, cell.rows)
-    left = cell.rows * min(waves, 1.0) * _tail(own, waves, 1.0 - bare_s / full_s)
+    full, bare_s = steady(own, pipeline), round_s(own, pipeline, cell.rows)
+    left = cell.rows * min(waves, 1.0) * _tail(own, waves, 1.0 - bare_s / full.round_s)
     tail_s = _rounds_s(own, pipeline, left) / tokens_per_round(own.work.acceptance, cell.draft_len)
     lost_s = tail_s.sum() - bare_s * left.sum() / cell.rows
     first_s = load_s(own, pipeline) + pass_s(own, cell, ring.split.life_s)
-    return Course(full_s * passes / cell.rows, float(first_s + lost_s), float(tail_s.sum()))
+    return Course(full.row_s, float(first_s + lost_s), float(tail_s.sum()))
 
 
 def _rounds_s(given: Problem, pipeline: Pipeline, rows: Floats) -> Floats:

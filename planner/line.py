@@ -16,8 +16,8 @@ from planner.layer_times import head_s
 from planner.leases import Pace
 from planner.plan import Pipeline
 from planner.prefixes import SHARE_TOKENS
-from planner.problem import Problem, cell_of, judged, pass_s
-from planner.rounds import CHUNKS_PER_STEP, stage_step_s
+from planner.problem import Problem
+from planner.rounds import CHUNKS_PER_STEP, stage_step_s, steady
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
 
 CONTEXT_GRAIN = 32
@@ -266,6 +266,6 @@ def _ring_shape(given: Problem, pipeline: Pipeline, longest: int) -> RingShape:
 
 
 def _pace(given: Problem, pipeline: Pipeline) -> Pace:
-    split, cell = judged(given, pipeline), cell_of(pipeline)
-    committed = tokens_per_round(given.work.acceptance, cell.draft_len)
-    return Pace(split.row_s, pass_s(given, cell, split.life_s), committed, cell.rows)
+    full = steady(given, pipeline)
+    committed = tokens_per_round(given.work.acceptance, pipeline.draft_len)
+    return Pace(full.row_s, full.round_s, committed, full.rows)

@@ -40,6 +40,8 @@ TRIALS = 12
 """Changes of one setting that are rehearsed, in all."""
 WORTH = 0.005
 """A change must save so much: what saves less may only suit the samples."""
+SHORTLIST = 3
+"""Plans of which other rows choose one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,38 +81,43 @@ def rehearsed(
     model: ModelShape,
     workload: Workload,
     samples: Sequence[Sequence[Row]],
+    *,
+    others: Sequence[Sequence[Row]] = (),
     plans: Sequence[Plan] = (),
 ) -> Plan:
     """The plan that ends the sampled rows first, on average over the samples.
 
-    It is one of the candidates, or of these plans, with the settings that suit the samples best.
+    It is one of `plans`, by default the candidates, or one of them with other settings. What was
+    chosen for some rows may only suit these, so `others` have their say on the best few.
 
     Raises:
         InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
     """
-    stage = _Stage(problem(cluster, model, workload), tuple(tuple(rows) for rows in samples))
-    best: _Run | None = None
-    runs: list[_Run] = []
+    given = problem(cluster, model, workload)
+    stage = _Stage(given, tuple(tuple(rows) for rows in samples))
     plans = plans or candidates(cluster, model, workload)
+    runs = _played(stage, plans)
+    runs = [_improved(stage, runs[0]), *runs]
+    if others:
+        last = _Stage(given, (*stage.samples, *(tuple(rows) for rows in others)))
+        runs = _played(last, [run.plan for run in runs[:SHORTLIST]])
+    best = runs[0]
+    bound = max(plans[0].bound_tokens_per_s, best.plan.tokens_per_s)
+    whole = all(len(rows) == workload.rows for rows in samples)
+    finish_s = best.mean_s if whole else best.plan.finish_s
+    return replace(best.plan, bound_tokens_per_s=bound, finish_s=finish_s)
+
+
+def _played(stage: _Stage, plans: Sequence[Plan]) -> list[_Run]:
+    """Plans by their mean end, without those that are far behind; of equals, the quicker rows' first."""
+    runs: list[_Run] = []
     soonest_s = min(plan.finish_s for plan in plans)
-    for plan in (p for p in plans if p.finish_s <= UNLIKELY * soonest_s):
-        run = stage.play(plan, best)
-        if run:
-            runs.append(run)
-            best = min(runs, key=lambda r: r.mean_s)
-    assert best is not None, "the first candidate has nobody to be behind"
-    # Of those that are as soon, the one whose rows take least.
-    limit_s = best.mean_s * (1.0 + WORTH)
-    best = min((r for r in runs if r.mean_s <= limit_s), key=lambda r: (r.latency_s, r.mean_s))
-    best = _improved(stage, best)
-    plan = replace(best.plan, bound_tokens_per_s=_bound(plans[0], best.plan))
-    whole = all(len(rows) == workload.rows for rows in stage.samples)
-    return replace(plan, finish_s=best.mean_s) if whole else plan
-
-
-def _bound(solved: Plan, plan: Plan) -> float:
-    """The solver's bound, which a rounding error must not break."""
-    return max(solved.bound_tokens_per_s, plan.tokens_per_s)
+    for plan in (plan for plan in plans if plan.finish_s <= UNLIKELY * soonest_s):
+        run = stage.play(plan, min(runs, key=lambda r: r.mean_s, default=None))
+        runs.extend([run] if run else [])
+    limit_s = min(run.mean_s for run in runs) * (1.0 + WORTH)
+    equals = sorted((r for r in runs if r.mean_s <= limit_s), key=lambda r: r.latency_s)
+    return [*equals, *sorted((r for r in runs if r.mean_s > limit_s), key=lambda r: r.mean_s)]
 
 
 def candidates(cluster: Cluster, model: ModelShape, workload: Workload) -> list[Plan]:

@@ -1,13 +1,23 @@
 """Seconds of one way round a ring, with so many rows in its slots and some prompts beside them."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, Floats, mean_context, prefill_tokens
+from planner.cost import (
+    FRAME_BYTES,
+    ID_BYTES,
+    ROW_BYTES,
+    Floats,
+    decode_rounds,
+    mean_context,
+    prefill_tokens,
+)
 from planner.facts import ModelShape, Node, Workload
 from planner.layer_times import head_s, step_layer_s
 from planner.lengths import survival
 from planner.plan import Pipeline, StagePlan
-from planner.problem import Problem, order_of
+from planner.problem import Problem, cell_of, order_of
 from planner.schedule import CHUNK_TOKENS
 
 CHUNKS_PER_STEP = 2
@@ -61,6 +71,30 @@ def prefill_steps(work: Workload) -> float:
     longer = survival(work.prompt_tokens, work.rows)
     shared = work.prompt_tokens.mean * work.shared_prefix_fraction
     return float(longer[int(shared) :: CHUNKS_PER_STEP * CHUNK_TOKENS].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """A full ring, in which prompts come as answers end."""
+
+    round_s: float
+    rounds: float
+    """Of a mean row, its prefill's steps among them."""
+    rows: int
+
+    @property
+    def row_s(self) -> float:
+        """Seconds per row."""
+        return self.round_s * self.rounds / self.rows
+
+
+def steady(given: Problem, pipeline: Pipeline) -> Steady:
+    """How a pipeline goes on while rows are left."""
+    cell = cell_of(pipeline)
+    decodes = decode_rounds(given.work, cell.draft_len)
+    rounds = decodes + prefill_steps(given.work)
+    full_s = round_s(given, pipeline, cell.rows * decodes / rounds, cell.rows / rounds)
+    return Steady(full_s, rounds, cell.rows)
 
 
 def _stations(
