@@ -1,9 +1,9 @@
 """The plan that wins a rehearsal: candidates are simulated on sampled rows, and the first done wins.
 
-The solver maximises a steady rate. A finite job also has a start and a tail: the last long rows go round
-a ring that is no longer full, so a calmer ring with fewer rows in flight may be done sooner. How much
-sooner only a simulation knows. Candidates are the solver's plans under several limits of rows in flight
-and the published methods' plans; the best few are then improved one setting at a time.
+The solver knows by arithmetic when a job is about done. What rings make of one another's leases, of
+prompts that hold up decodes and of long rows that come last, only a simulation shows. Candidates are the
+solver's plans, under several limits of rows in flight too, and the published methods'; the best is then
+improved one setting at a time.
 """
 
 from collections.abc import Iterator, Sequence

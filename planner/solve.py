@@ -57,8 +57,11 @@ def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
     if not rings:
         raise why_none(given, tried)
     options = [rings, *(_fewer_in_flight(given) if exact else ())]
-    ready = [first_done(given, settled(given, tried, option)) for option in options]
-    return plan_of(given, min(ready, key=lambda rings: finish_s(given, rings)), bound)
+    plans = [
+        plan_of(given, first_done(given, settled(given, tried, option)), bound)
+        for option in options
+    ]
+    return min(plans, key=lambda plan: plan.finish_s)
 
 
 def _fewer_in_flight(given: Problem) -> Iterator[list[Found]]:
