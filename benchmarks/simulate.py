@@ -87,12 +87,15 @@ class Race:
         return self.finish_s(theirs) / self.finish_s(ours, len(self.runs[theirs]))
 
     def worst_job(self, ours: str) -> float:
-        """The same in the job that suits us least, each against its own best baseline."""
+        """The same in the job that suits us least, each against the best baseline that ran it."""
         methods = [method for method in METHODS if method in self.runs]
+        jobs = [
+            [self.runs[m][job] for m in methods if job < len(self.runs[m])] for job in range(JOBS)
+        ]
         return min(
-            min(self.runs[m][job].finish_s for m in methods if job < len(self.runs[m]))
-            / run.finish_s
-            for job, run in enumerate(self.runs[ours])
+            min(run.finish_s for run in runs) / self.runs[ours][job].finish_s
+            for job, runs in enumerate(jobs)
+            if runs
         )
 
 

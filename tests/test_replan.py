@@ -53,5 +53,6 @@ def test_new_node_pays_when_many_rows_remain_and_not_when_few_do() -> None:
 
 def test_too_few_nodes_left_say_what_is_missing() -> None:
     before = solve(cluster(3), MODEL, WORK)
+    no_disks = replace(cluster(1).nodes[0], disk_bytes_per_s=0.0)
     with pytest.raises(InfeasibleError, match="memory is short by"):
-        replan(before, cluster(1), MODEL, WORK)
+        replan(before, Cluster((no_disks,), (), LINK), MODEL, WORK)
