@@ -8,7 +8,7 @@ Seconds are CPU seconds of this process (one thread), so that a busy machine doe
 import argparse
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import median
 from typing import TypeVar
@@ -16,8 +16,8 @@ from typing import TypeVar
 from benchmarks.planner_clusters import MODEL_40, MODEL_80, MODEL_126, WORK, random_cluster
 from benchmarks.record import Claim, record
 from planner.exact import solve_exactly
-from planner.facts import Cluster, ModelShape
-from planner.large import solve_large
+from planner.facts import Cluster, Workload
+from planner.large import STEADY, solve_large
 from planner.problem import problem
 from planner.replan import replan
 from planner.ring import Found
@@ -42,15 +42,16 @@ def rate(rings: list[Found]) -> float:
 
 def small(clusters: int) -> list[Claim]:
     """Exact and grown on 12 nodes, two models."""
-    exact_s, grown_s, of_exact = [], [], []
+    exact_s, grown_s, of_exact = [], [], []  # the large method as it is for 100 nodes
     for seed in range(clusters):
         for model in (MODEL_80, MODEL_40):
             given = problem(random_cluster(seed, 12, 3), model, WORK)
             exact, seconds = timed(lambda given=given: solve_exactly(given))  # type: ignore[misc]
-            grown, grown_seconds = timed(lambda given=given: solve_large(given))  # type: ignore[misc]
+            grown, grown_seconds = timed(lambda given=given: solve_large(given, effort=STEADY))  # type: ignore[misc]
             exact_s.append(seconds)
             grown_s.append(grown_seconds)
             of_exact.append(rate(grown) / rate(exact))
+    within = sum(ratio >= 0.99 for ratio in of_exact) / len(of_exact)
     count = f"{len(exact_s)} clusters of 12 nodes, 40 and 80 layers"
     return [
         Claim(
@@ -68,6 +69,7 @@ def small(clusters: int) -> list[Claim]:
         Claim(f"{count}: exact solver, median", median(exact_s), "s"),
         Claim(f"{count}: large method over exact, median", median(of_exact), "ratio", 0.99),
         Claim(f"{count}: large method over exact, worst", min(of_exact), "ratio", 0.99),
+        Claim(f"{count}: large method within 1 % of exact", within, "fraction", 1.0),
         Claim(f"{count}: large method, median", median(grown_s), "s"),
     ]
 
@@ -78,6 +80,7 @@ def hundred(clusters: int) -> list[Claim]:
     for seed in range(clusters):
         cluster = random_cluster(1000 + seed, 100, 8)
         plan, took = timed(lambda cluster=cluster: solve(cluster, MODEL_80, LONG))  # type: ignore[misc]
+        print(f"cluster {seed} of 100 nodes: {took:.1f} s, gap {plan.gap:.1%}", flush=True)
         gaps.append(plan.gap)
         seconds.append(took)
     count = f"{clusters} clusters of 100 nodes, 80 layers"
@@ -104,20 +107,24 @@ def thousand() -> list[Claim]:
 
 
 def leaving() -> list[Claim]:
-    """Replanning after one node of a pipeline left, 12 and 100 nodes."""
+    """Replanning after one node of each pipeline left, 12 and 100 nodes."""
     claims = []
-    for nodes, model in ((12, MODEL_80), (100, MODEL_80)):
-        claims.append(_leaving(random_cluster(3, nodes, max(3, nodes // 12)), model))
+    for nodes in (12, 100):
+        cluster = random_cluster(3, nodes, max(3, nodes // 12))
+        # As many rows as keep all pipelines, and so few that some nodes stand idle.
+        seconds = [took for work in (LONG, WORK) for took in _replans(cluster, work)]
+        name = f"{nodes} nodes: 1 s over the time to replan after one left"
+        claims.append(Claim(f"{name}, median of {len(seconds)}", 1 / median(seconds), "x"))
+        claims.append(Claim(f"{name}, slowest", 1 / max(seconds), "x", 1.0))
     return claims
 
 
-def _leaving(cluster: Cluster, model: ModelShape) -> Claim:
-    plan = solve(cluster, model, WORK)
-    gone = plan.pipelines[0].stages[0].node
-    left = replace(cluster, nodes=tuple(n for n in cluster.nodes if n.name != gone))
-    _, took = timed(lambda: replan(plan, left, model, WORK))
-    name = f"{len(cluster.nodes)} nodes: 1 s over the time to replan after one left"
-    return Claim(name, 1.0 / took, "x", 1.0)
+def _replans(cluster: Cluster, work: Workload) -> Iterator[float]:
+    plan = solve(cluster, MODEL_80, work)
+    for pipeline in plan.pipelines:
+        gone = pipeline.stages[0].node
+        left = replace(cluster, nodes=tuple(n for n in cluster.nodes if n.name != gone))
+        yield timed(lambda left=left: replan(plan, left, MODEL_80, work))[1]  # type: ignore[misc]
 
 
 def main() -> None:

@@ -133,7 +133,8 @@ def plan(
     if cluster is not None:
         given = read_what_if(cluster, job)
         planned = given.plan(method)
-        advice = advise(given.cluster, given.model, given.work, planned) if method == OURS else ()
+        if method == OURS and not as_json:
+            advice = advise(given.cluster, given.model, given.work, planned)
     elif job is not None:
         work = job_workload(job)
         measured = measure(job, stages, _bytes(stage_memory)) if work.rows else None

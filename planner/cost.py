@@ -150,11 +150,10 @@ def stage_table(
     max(k prefill_s, streamed) + rounds x max(k round_s, streamed) + its steps' overhead,
     streaming overlapping computing. KV is parked by PARKED_KV; of the weights, the fewest layers.
     """
-    k = np.arange(1.0, model.layers + 1.0)[None, :]
     passes = _passes(nodes, model, work, cell, role)
-    best = np.full((len(nodes), model.layers), np.inf)
-    offloaded = np.zeros(best.shape, np.int64)
-    parked = np.zeros(best.shape)
+    k = _counts_worth_trying(nodes, model, work, cell, role)
+    best = np.full((len(nodes), k.shape[1]), np.inf)
+    offloaded, parked = np.zeros((2, *best.shape))
     # Only who has host memory to park in has a choice to make.
     able = [i for i, n in enumerate(nodes) if n.host_bytes and n.host_to_device_bytes_per_s]
     for fraction in PARKED_KV:
@@ -163,15 +162,29 @@ def stage_table(
             continue
         at = able if fraction else list(range(len(nodes)))
         some = tuple(nodes[i] for i in at)
-        omega = _layers_to_offload(some, model, work, cell, role, fraction)
+        omega = _layers_to_offload(some, model, work, cell, role, k, fraction)
         fits = np.isfinite(omega)
         omega = np.where(fits, omega, 0.0)
         busy = _busy_s(some, model, work, cell, passes.of(at), k, omega, fraction)
         better = fits & (busy < best[at])
         best[at] = np.where(better, busy, best[at])
-        offloaded[at] = np.where(better, omega.astype(np.int64), offloaded[at])
+        offloaded[at] = np.where(better, omega, offloaded[at])
         parked[at] = np.where(better, fraction, parked[at])
-    return StageTable(best, offloaded, parked)
+    # What no node holds was not looked at.
+    wide = ((0, 0), (0, model.layers - k.shape[1]))
+    busy = np.pad(best, wide, constant_values=np.inf)
+    return StageTable(busy, np.pad(offloaded.astype(np.int64), wide), np.pad(parked, wide))
+
+
+def _counts_worth_trying(
+    nodes: tuple[Node, ...], model: ModelShape, work: Workload, cell: Cell, role: Role
+) -> Floats:
+    """Numbers of layers from 1 to as many as any node holds with all of its memory; (1, counts)."""
+    room = max(node.memory_bytes + _room_beside(node) for node in nodes)
+    room -= workspace_bytes(model, cell) + role_bytes(model, role)
+    each = model.layer_bytes + kv_layer_bytes(model, work, cell.rows)
+    most = min(max(room / each + 1.0, 0.0), model.layers)  # one more, against rounding
+    return np.arange(1.0, int(most) + 1.0)[None, :]
 
 
 def _passes(
@@ -193,19 +206,24 @@ def _column(values: list[float]) -> Floats:
     return np.array(values, np.float64)[:, None]
 
 
+def _room_beside(node: Node) -> float:
+    """Bytes beside the device's that layers stream from; none where they cannot."""
+    # A disk holds the whole model already, and may hold a part of it twice.
+    return (node.host_bytes or np.inf) if node.stream_bytes_per_s else 0.0
+
+
 def _layers_to_offload(
     nodes: tuple[Node, ...],
     model: ModelShape,
     work: Workload,
     cell: Cell,
     role: Role,
+    k: Floats,
     parked: float,
 ) -> Floats:
-    """Fewest layers whose weights must stream, shape (n, layers); infinite where none suffice."""
-    k = np.arange(1.0, model.layers + 1.0)[None, :]
+    """Fewest of k layers whose weights must stream, shape (n, k); infinite where none suffice."""
     memory = _column([n.memory_bytes for n in nodes])
-    # A disk holds the whole model already, and may hold a part of it twice.
-    host = _column([n.host_bytes or np.inf for n in nodes])
+    host = _column([_room_beside(n) for n in nodes])
     stream = _column([n.stream_bytes_per_s for n in nodes])
     kv = kv_layer_bytes(model, work, cell.rows)
     fixed = workspace_bytes(model, cell) + role_bytes(model, role)

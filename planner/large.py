@@ -6,6 +6,7 @@
 4. Small groups of neighbouring rings and idle nodes are solved again, exactly.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,26 +16,43 @@ from planner.cost import Bools, Cell, Floats, Ints, Role, forward_link, stage_ta
 from planner.exact import EXACT_NODES, solve_exactly
 from planner.grid import cells
 from planner.network import Network, codec_options
-from planner.problem import CellCosts, Problem, among, cell_costs
+from planner.orders import groups_of
+from planner.problem import CellCosts, Problem, among, cell_costs, ring_in
 from planner.ring import Found, solve_ring
+from planner.subset_bounds import at_most_held, held_within
 
 TARGETS = 40
 """Seconds per row that are tried in each cell, from its fastest stage to its slowest."""
 GROWTH_WORK = 30_000
 """Growths are tried until they have visited so many nodes: many on small clusters, few on large."""
-LEAST_GROWTHS = 5
+LEAST_GROWTHS, MOST_GROWTHS = 5, 60
 NEAR = (2.0, 1.2, 8.0)
 """How much dearer than the cheapest a hop may be to be chosen for its node's room."""
 SLOWER = (1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
 """Leftover nodes may form rings of so many times the target's seconds per row."""
-GROUP_NODES = 12
-"""Nodes of a group that is solved again exactly, in a cluster of at most SMALL nodes."""
-SMALL = 24
-GROUP_NODES_OF_LARGE = 8
-GROUP_SUBSETS = 2**12
-"""Subsets that all groups together may have: what bounds the time that repairs take."""
 REPAIRS = 3
 """Times that all groups are gone through, while that helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much time the search may take."""
+
+    fills: int
+    """Times that rings are grown from the nodes that others leave."""
+    group_nodes: int
+    """Of a group that is solved again exactly."""
+    cell_steps: int
+    """In the cells within so many steps of its rings' own."""
+    subsets: int
+    """That all groups together may have, each time they are gone through."""
+
+
+THOROUGH = Effort(fills=9, group_nodes=12, cell_steps=99, subsets=2**12)
+STEADY = Effort(fills=9, group_nodes=12, cell_steps=2, subsets=2**14)
+HASTY = Effort(fills=1, group_nodes=8, cell_steps=1, subsets=2**12)
+EFFORTS = {24: THOROUGH, 300: STEADY}
+"""By the most nodes; HASTY beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +65,44 @@ class _Aim:
     near: float
 
 
-def solve_large(given: Problem, start: list[Found] | None = None) -> list[Found]:
+def solve_large(
+    given: Problem, start: Sequence[Found] = (), effort: Effort | None = None
+) -> list[Found]:
     """Disjoint rings of a high total rate; never below `start`'s, where one is given."""
-    tried = cells(given.work)
-    best = max((_grown(given, tried), _with_the_rest(given, tried, start or [])), key=_rate)
-    best = [_reordered(given, _best_cell(given, tried, ring)) for ring in best]
+    tried, nodes = cells(given.work), len(given.nodes)
+    effort = effort or next((e for most, e in EFFORTS.items() if nodes <= most), HASTY)
+    starts = [[], list(start)] if start else [[]]
+    filled = [_filled(given, tried, rings, effort.fills) for rings in starts]
+    best = [_reordered(given, _best_cell(given, tried, ring)) for ring in max(filled, key=_rate)]
+    done: set[object] = set()
     for _ in range(REPAIRS):
         before = _rate(best)
-        best = _regroup(given, tried, best)
+        best = _regroup(given, tried, best, effort, done)
         if _rate(best) <= before * (1 + 1e-9):
             break
     return best
 
 
-def _with_the_rest(given: Problem, tried: tuple[Cell, ...], start: list[Found]) -> list[Found]:
-    """The start's rings, and rings grown from the nodes that they leave."""
-    used = {node for ring in start for node in ring.order}
-    rest = tuple(i for i in range(len(given.nodes)) if i not in used)
-    if not start or not rest:
-        return start
-    grown = _grown(among(given, rest), tried)
-    return [*start, *(replace(f, order=tuple(rest[i] for i in f.order)) for f in grown)]
+def _filled(given: Problem, tried: tuple[Cell, ...], rings: list[Found], times: int) -> list[Found]:
+    """These rings, and rings grown from the nodes that they leave, again and again."""
+    for _ in range(times):
+        rest = _idle(given, rings)
+        grown = _grown(among(given, rest), tried) if rest else []
+        if not grown:
+            break
+        rings = [*rings, *(replace(f, order=tuple(rest[i] for i in f.order)) for f in grown)]
+    return rings
+
+
+def _idle(given: Problem, rings: list[Found]) -> tuple[int, ...]:
+    used = {node for ring in rings for node in ring.order}
+    return tuple(i for i in range(len(given.nodes)) if i not in used)
 
 
 def _grown(given: Problem, tried: tuple[Cell, ...]) -> list[Found]:
     """The best rings of all growths that are tried."""
     best: list[Found] = []
-    growths = max(LEAST_GROWTHS, GROWTH_WORK // len(given.nodes) ** 2)
+    growths = int(np.clip(GROWTH_WORK // len(given.nodes) ** 2, LEAST_GROWTHS, MOST_GROWTHS))
     known: dict[Cell, CellCosts] = {}
     for aim in _aims(given, tried)[:growths]:
         if aim.cell not in known:
@@ -123,32 +152,31 @@ def _targets(given: Problem, cell: Cell, reach: tuple[Floats, Floats]) -> list[_
     occupied = np.min([cost.occupied_s for cost in out], axis=0)
     hop = np.min([cost.hop_s for cost in out], axis=0)
     links = (occupied, hop, np.isfinite(table[:, -1]))
+    table = table[:, np.isfinite(table).any(axis=0)]
     targets = np.geomspace(finite.min(), finite.max(), TARGETS)
-    promises = [_promise(given, cell, table, links, float(t)) for t in targets]
+    promises = _promises(given, cell, table, links, targets)
     best = int(np.argmax(promises))
     return [
-        _Aim(cell, float(targets[i]), promises[i], near)
+        _Aim(cell, float(targets[i]), float(promises[i]), near)
         for i in range(max(best - 2, 0), min(best + 4, TARGETS))
         for near in NEAR
         if promises[i] > 0
     ]
 
 
-def _promise(
-    given: Problem, cell: Cell, table: Floats, links: tuple[Floats, Floats, Bools], row_s: float
-) -> float:
-    """Rows per second of rings at this target, if nothing were lost at their ends."""
+def _promises(
+    given: Problem, cell: Cell, table: Floats, links: tuple[Floats, Floats, Bools], targets: Floats
+) -> Floats:
+    """Rows per second of rings at these targets, if nothing were lost at their ends."""
     occupied, hop, whole = links
-    layers = given.model.layers
-    held = (table <= row_s).sum(axis=1)
-    usable = (held > 0) & ((occupied <= row_s) | whole)
-    if held[usable].sum() < layers:
-        return 0.0
-    rings = held[usable].sum() / layers
-    stages = usable.sum() / rings
-    busy = np.take_along_axis(table, np.maximum(held - 1, 0)[:, None], 1)[:, 0][usable].mean()
-    life = stages * (cell.micro_batch_rows * busy + np.where(whole, 0.0, hop)[usable].mean())
-    return float(rings / max(row_s, life / cell.rows))
+    held = held_within(table, targets)
+    usable = (held > 0) & ((occupied[None, :] <= targets[:, None]) | whole)
+    nodes = np.maximum(usable.sum(axis=1), 1)
+    rings = np.where(usable, held, 0.0).sum(axis=1) / given.model.layers
+    busy = np.where(usable, at_most_held(table, held), 0.0).sum(axis=1) / nodes
+    hops = np.where(usable & ~whole, hop, 0.0).sum(axis=1) / nodes
+    life = nodes / np.maximum(rings, 1.0) * (cell.micro_batch_rows * busy + hops)
+    return np.where(rings >= 1.0, rings / np.maximum(targets, life / cell.rows), 0.0)
 
 
 def _grow_all(costs: CellCosts, aim: _Aim) -> list[Found]:
@@ -165,17 +193,38 @@ def _grow(costs: CellCosts, free: Bools, row_s: float, near: float) -> list[Foun
     held = {role: (t.busy_s <= row_s).sum(axis=1) for role, t in costs.stages.items()}
     hops = np.where(costs.links.occupied_s <= row_s, costs.links.hop_s, np.inf).min(axis=0)
     np.fill_diagonal(hops, np.inf)
+    room = _Room(held[Role.MIDDLE], free, np.isfinite(hops) | np.isfinite(hops.T))
     rings: list[Found] = []
     # Isolated and roomy nodes seed first: the others are easier to place later.
     for seed in np.argsort(-held[Role.MIDDLE], kind="stable"):
-        if not free[seed] or not held[Role.MIDDLE][seed]:
+        if not free[seed] or room.left(seed) < costs.stages[Role.MIDDLE].busy_s.shape[1]:
             continue
         order = _grow_one(costs, free, int(seed), held, (hops, near))
         split = best_split(costs.ring(order)) if order else None
         if order and split and split.row_s <= row_s * 1.2:
             rings.append(Found(costs.cell, order, split))
             free[list(order)] = False
+            room.take(order)
     return rings
+
+
+class _Room:
+    """Layers that free nodes hold, by who can reach whom; mutable, of one growth."""
+
+    def __init__(self, held: Ints, free: Bools, joined: Bools) -> None:
+        self._held = np.where(free, held, 0)
+        self._group = np.zeros(len(held), np.int64)
+        for number, nodes in enumerate(groups_of(joined)):
+            self._group[list(nodes)] = number
+        self._room = np.bincount(self._group, weights=self._held)
+
+    def left(self, node: int) -> float:
+        """Layers that all free nodes hold in this node's group."""
+        return float(self._room[self._group[node]])
+
+    def take(self, order: tuple[int, ...]) -> None:
+        """Count these nodes no more."""
+        self._room[self._group[order[0]]] -= self._held[list(order)].sum()
 
 
 def _grow_one(
@@ -213,12 +262,11 @@ def _grow_one(
 
 def _best_cell(given: Problem, tried: tuple[Cell, ...], ring: Found) -> Found:
     """The ring with the micro-batch and in-flight steps that suit it best, by hill climbing."""
-    own, place = among(given, ring.order), tuple(range(len(ring.order)))
     improved = True
     while improved:
         improved = False
         for cell in _neighbours(tried, ring.cell):
-            split = best_split(cell_costs(own, cell).ring(place))
+            split = best_split(ring_in(given, cell, ring.order))
             if split and split.row_s < ring.split.row_s * (1 - 1e-6):
                 ring, improved = Found(cell, ring.order, split), True
     return ring
@@ -246,17 +294,26 @@ def _neighbours(tried: tuple[Cell, ...], cell: Cell) -> list[Cell]:
     return found
 
 
-def _regroup(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> list[Found]:
-    """Solve small groups again exactly: each ring with what is idle or rings near it."""
-    left, most = GROUP_SUBSETS, _most_in_group(given)
+def _regroup(
+    given: Problem, tried: tuple[Cell, ...], rings: list[Found], effort: Effort, done: set[object]
+) -> list[Found]:
+    """Solve small groups again exactly: each ring with what is idle or rings near it.
+
+    `done` has the groups that were solved, and is added to: once is enough.
+    """
+    left = effort.subsets
     for seed in range(len(rings)):
         if seed >= len(rings):
             break
-        group, nodes = _group(given, rings, seed)
-        if len(nodes) < 2 or len(nodes) > most or left < 2 ** len(nodes):
+        group, nodes = _group(given, rings, seed, effort.group_nodes)
+        if not 2 <= len(nodes) <= effort.group_nodes or left < 2 ** len(nodes):
             continue
+        some = _cells_near(tried, {rings[i].cell for i in group}, effort.cell_steps)
+        if (question := (frozenset(nodes), some)) in done:
+            continue
+        done.add(question)
         left -= 2 ** len(nodes)
-        again = solve_exactly(among(given, nodes), _cells_for(given, tried, rings, group))
+        again = solve_exactly(among(given, nodes), some)
         if _rate(again) > _rate([rings[i] for i in group]) * (1 + 1e-9):
             kept = [ring for i, ring in enumerate(rings) if i not in group]
             moved = [replace(f, order=tuple(nodes[i] for i in f.order)) for f in again]
@@ -264,34 +321,29 @@ def _regroup(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> lis
     return rings
 
 
-def _cells_for(
-    given: Problem, tried: tuple[Cell, ...], rings: list[Found], group: set[int]
-) -> tuple[Cell, ...]:
-    """Cells in which a group is solved again: in large clusters its rings' own and those beside."""
-    if len(given.nodes) <= SMALL:
-        return tried
-    near = {rings[i].cell for i in group}
-    near.update(cell for i in group for cell in _neighbours(tried, rings[i].cell))
-    return tuple(sorted(near, key=lambda c: c.rows))
+def _cells_near(tried: tuple[Cell, ...], own: set[Cell], steps: int) -> tuple[Cell, ...]:
+    """These cells and those within so many steps of them."""
+    near, edge = set(own), set(own)
+    for _ in range(steps):
+        edge = {beside for cell in edge for beside in _neighbours(tried, cell)} - near
+        near |= edge
+    return tuple(cell for cell in tried if cell in near)
 
 
-def _group(given: Problem, rings: list[Found], seed: int) -> tuple[set[int], tuple[int, ...]]:
+def _group(
+    given: Problem, rings: list[Found], seed: int, most: int
+) -> tuple[set[int], tuple[int, ...]]:
     """A ring, then the nearest idle nodes and whole rings while the group stays small."""
-    used = {node for ring in rings for node in ring.order}
     parts: list[tuple[int | None, tuple[int, ...]]] = [
-        (None, (node,)) for node in range(len(given.nodes)) if node not in used
+        (None, (node,)) for node in _idle(given, rings)
     ]
     parts.extend((i, ring.order) for i, ring in enumerate(rings) if i != seed)
     home = list(rings[seed].order)
     parts.sort(key=lambda part: float(given.net.latency_s[np.ix_(home, list(part[1]))].min()))
     group, nodes = {seed}, list(home)
     for ring_number, members in parts:
-        if len(nodes) + len(members) <= _most_in_group(given):
+        if len(nodes) + len(members) <= most:
             nodes.extend(members)
             if ring_number is not None:
                 group.add(ring_number)
     return group, tuple(nodes)
-
-
-def _most_in_group(given: Problem) -> int:
-    return GROUP_NODES if len(given.nodes) <= SMALL else GROUP_NODES_OF_LARGE

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from planner.cost import Floats, Ints
+from planner.cost import Bools, Floats, Ints
 
 
 @lru_cache(maxsize=16)
@@ -100,3 +100,18 @@ def _or_opt(step_s: Floats, path: list[int]) -> tuple[int, ...]:
 def path_s(step_s: Floats, path: list[int] | tuple[int, ...]) -> float:
     """Sum of the steps along a path."""
     return float(step_s[list(path[:-1]), list(path[1:])].sum())
+
+
+def groups_of(joined: Bools) -> list[tuple[int, ...]]:
+    """Nodes by connected component; `joined` is symmetric, of shape (n, n)."""
+    left, groups = set(range(len(joined))), []
+    while left:
+        group, open_nodes = set[int](), [min(left)]
+        while open_nodes:
+            node = open_nodes.pop()
+            if node not in group:
+                group.add(node)
+                open_nodes.extend(int(i) for i in np.nonzero(joined[node])[0])
+        left -= group
+        groups.append(tuple(sorted(group)))
+    return groups

@@ -1,6 +1,7 @@
 """One planning problem made ready: checked facts, links as matrices, and one pipeline's costs."""
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -55,21 +56,27 @@ class CellCosts:
         busy = np.stack(
             [self.stages[r].busy_s[i] for r, i in zip(roles(len(order)), order, strict=True)]
         )
-        occupied, hop = self._ring_links(order)
-        return Ring(busy, occupied, hop, self.cell.micro_batch_rows, self.cell.in_flight)
+        source, target = list(order), [*order[1:], order[0]]
+        links = NetworkCost(
+            self.links.occupied_s[:, source, target],
+            self.links.hop_s[:, source, target],
+            self.links.return_occupied_s[source, target],
+            self.links.return_hop_s[source, target],
+        )
+        return _ring(self.cell, busy, links)
 
-    def _ring_links(self, order: tuple[int, ...]) -> tuple[Floats, Floats]:
-        if len(order) == 1:
-            return np.empty((0, 1)), np.empty((0, 1))
-        source, target = list(order[:-1]), list(order[1:])
-        occupied = self.links.occupied_s[:, source, target].T
-        hop = self.links.hop_s[:, source, target].T
-        # The return link carries token ids only: raw, whatever the codec's column.
-        back = np.full((1, occupied.shape[1]), np.inf)
-        back_hop = back.copy()
-        back[0, 0] = self.links.return_occupied_s[order[-1], order[0]]
-        back_hop[0, 0] = self.links.return_hop_s[order[-1], order[0]]
-        return np.concatenate([occupied, back]), np.concatenate([hop, back_hop])
+
+def _ring(cell: Cell, busy_s: Floats, links: NetworkCost) -> Ring:
+    """A ring of these stages; of all links from each stage to the next, the last returns ids."""
+    if len(busy_s) == 1:
+        return Ring(
+            busy_s, np.empty((0, 1)), np.empty((0, 1)), cell.micro_batch_rows, cell.in_flight
+        )
+    occupied, hop = links.occupied_s.T.copy(), links.hop_s.T.copy()
+    # The return link carries token ids only: raw, whatever the codec's column.
+    occupied[-1], hop[-1] = np.inf, np.inf
+    occupied[-1, 0], hop[-1, 0] = links.return_occupied_s[-1], links.return_hop_s[-1]
+    return Ring(busy_s, occupied, hop, cell.micro_batch_rows, cell.in_flight)
 
 
 def roles(stages: int) -> tuple[Role, ...]:
@@ -86,6 +93,18 @@ def cell_costs(given: Problem, cell: Cell) -> CellCosts:
         for role in (Role.MIDDLE, Role.FIRST, Role.LAST, Role.FIRST | Role.LAST)
     }
     return CellCosts(cell, tables, network_cost(given.net, given.model, given.work, cell))
+
+
+def ring_in(given: Problem, cell: Cell, order: tuple[int, ...]) -> Ring:
+    """The costs of one ring alone, without those of all other nodes and links."""
+    model, work = given.model, given.work
+    stages: list[Floats] = []
+    for role, places in groupby(range(len(order)), key=lambda place: roles(len(order))[place]):
+        nodes = tuple(given.nodes[order[place]] for place in places)
+        stages.append(stage_table(nodes, model, work, cell, role).busy_s)
+    way = list(order), [*order[1:], order[0]]
+    hops = Network(given.net.latency_s[way], given.net.bytes_per_s[way])
+    return _ring(cell, np.concatenate(stages), network_cost(hops, model, work, cell))
 
 
 def among(given: Problem, chosen: tuple[int, ...]) -> Problem:
@@ -132,8 +151,7 @@ def order_of(given: Problem, pipeline: Pipeline) -> tuple[int, ...]:
 
 def judged(given: Problem, pipeline: Pipeline) -> Split:
     """What a given pipeline costs, with the offload that suits it; infinite where it cannot run."""
-    own = among(given, order_of(given, pipeline))
-    ring = cell_costs(own, cell_of(pipeline)).ring(tuple(range(len(own.nodes))))
+    ring = ring_in(given, cell_of(pipeline), order_of(given, pipeline))
     layers = tuple(stage.layers for stage in pipeline.stages)
     stages_s = ring.busy_s[np.arange(len(layers)), np.array(layers) - 1]
     names = [name for name, _ in codec_options(given.work)]
@@ -148,15 +166,17 @@ def judged(given: Problem, pipeline: Pipeline) -> Split:
 
 def load_s(given: Problem, pipeline: Pipeline) -> float:
     """Seconds until every stage has read its shard; nodes of unknown disks count nothing."""
-    slowest = 0.0
-    for place, stage in enumerate(pipeline.stages):
-        node = given.cluster.node(stage.node)
-        weights = stage.layers * given.model.layer_bytes
-        weights += given.model.embedding_bytes if place == 0 else 0.0
-        weights += given.model.head_bytes if place == len(pipeline.stages) - 1 else 0.0
-        if node.disk_bytes_per_s > 0:
-            slowest = max(slowest, weights / node.disk_bytes_per_s)
-    return slowest
+    layers = tuple(stage.layers for stage in pipeline.stages)
+    return ring_load_s(given, order_of(given, pipeline), layers)
+
+
+def ring_load_s(given: Problem, order: tuple[int, ...], layers: tuple[int, ...]) -> float:
+    """The same for a ring that is not a pipeline yet."""
+    weights = [count * given.model.layer_bytes for count in layers]
+    weights[0] += given.model.embedding_bytes
+    weights[-1] += given.model.head_bytes
+    disks = [given.nodes[node].disk_bytes_per_s for node in order]
+    return max(size / disk if disk > 0 else 0.0 for size, disk in zip(weights, disks, strict=True))
 
 
 def pass_s(given: Problem, cell: Cell, life_s: float) -> float:

@@ -13,9 +13,9 @@ import numpy as np
 
 from planner.chain import best_split
 from planner.classes import node_prices, ring_classes
-from planner.cost import Bools, Cell, Floats, Role, stage_table
+from planner.cost import Cell, Floats, Role, stage_table
 from planner.network import network_cost
-from planner.orders import short_path
+from planner.orders import groups_of, short_path
 from planner.packing import best_packing
 from planner.problem import CellCosts, Problem, among, cell_costs
 from planner.ring import Found
@@ -118,7 +118,7 @@ def parts(
     if gaps[at] < LEAST_GAP:
         return None
     slow = float(joins[at + 1])
-    return max(slow, fastest_rate / SPAN), _groups(np.maximum(rate, rate.T) > slow)
+    return max(slow, fastest_rate / SPAN), groups_of(np.maximum(rate, rate.T) > slow)
 
 
 def _fastest_rate(given: Problem, tried: tuple[Cell, ...]) -> float:
@@ -141,21 +141,6 @@ def _join_rates(rate: Floats) -> Floats:
         inside[node] = True
         best = np.maximum(best, rate[node])
     return np.sort(np.array(joins))[::-1]
-
-
-def _groups(joined: Bools) -> list[tuple[int, ...]]:
-    """Nodes by connected component."""
-    left, groups = set(range(len(joined))), []
-    while left:
-        group, open_nodes = set[int](), [min(left)]
-        while open_nodes:
-            node = open_nodes.pop()
-            if node not in group:
-                group.add(node)
-                open_nodes.extend(int(i) for i in np.nonzero(joined[node])[0])
-        left -= group
-        groups.append(tuple(sorted(group)))
-    return groups
 
 
 def _region(given: Problem, group: tuple[int, ...]) -> _Region:

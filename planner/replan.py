@@ -7,16 +7,18 @@ that it must load and the keys and values it must compute again counted.
 
 from dataclasses import dataclass
 
-from planner.exact import EXACT_NODES, solve_exactly
+from planner.exact import solve_exactly
 from planner.facts import Cluster, ModelShape, Workload
 from planner.grid import cells
 from planner.infeasible import why_none
-from planner.large import solve_large
+from planner.large import HASTY, solve_large
 from planner.plan import Pipeline, Plan, StagePlan
-from planner.problem import Problem, among, cell_of, judged, order_of, problem
-from planner.ring import Found
-from planner.solve import compute_bound, plan_of
+from planner.problem import Problem, among, problem
+from planner.ring import Found, rings_of
+from planner.solve import best_rings, compute_bound, plan_of
 
+EXACT_SOON = 10
+"""So many nodes are planned exactly at once; more would keep a broken run waiting for seconds."""
 FRESH_NODES = 8
 """Up to so many nodes a plan from nothing is made too: it takes a fraction of a second."""
 
@@ -51,28 +53,16 @@ def replan(running: Plan, cluster: Cluster, model: ModelShape, remaining: Worklo
     """
     given = problem(cluster, model, remaining)
     tried = cells(remaining)
-    alive = _alive(given, running)
+    alive = rings_of(given, running)
     patched = alive + _rings_of_the_rest(given, alive)
     bound = compute_bound(given, tried)
     options = [_change(given, running, rings, bound) for rings in (alive, patched) if rings]
     if not options or len(given.nodes) <= FRESH_NODES:
-        fresh = solve_exactly(given) if len(given.nodes) <= EXACT_NODES else solve_large(given)
+        fresh = best_rings(given, tried)
         options.extend([_change(given, running, fresh, bound)] if fresh else [])
     if not options:
         raise why_none(given, tried)
     return min(options, key=lambda change: change.finish_s)
-
-
-def _alive(given: Problem, running: Plan) -> list[Found]:
-    """The running rings whose nodes are all there and can still carry them."""
-    names = {node.name for node in given.nodes}
-    alive = []
-    for pipeline in running.pipelines:
-        if all(stage.node in names for stage in pipeline.stages):
-            split = judged(given, pipeline)
-            if split.row_s < float("inf"):
-                alive.append(Found(cell_of(pipeline), order_of(given, pipeline), split))
-    return alive
 
 
 def _rings_of_the_rest(given: Problem, alive: list[Found]) -> list[Found]:
@@ -81,7 +71,8 @@ def _rings_of_the_rest(given: Problem, alive: list[Found]) -> list[Found]:
     if not rest:
         return []
     own = among(given, rest)
-    rings = solve_exactly(own) if len(rest) <= EXACT_NODES else solve_large(own)
+    exact = len(rest) <= EXACT_SOON
+    rings = solve_exactly(own) if exact else solve_large(own, effort=HASTY)
     return [Found(r.cell, tuple(rest[i] for i in r.order), r.split) for r in rings]
 
 
@@ -126,5 +117,5 @@ def _load_s(given: Problem, name: str, layers: int) -> float:
 
 def _keep_s(given: Problem, running: Plan) -> float:
     """Seconds for the remaining rows if nothing changes; only pipelines that still run count."""
-    rate = sum(ring.rows_per_s for ring in _alive(given, running))
+    rate = sum(ring.rows_per_s for ring in rings_of(given, running))
     return given.work.rows / rate if rate else float("inf")

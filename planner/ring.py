@@ -9,7 +9,8 @@ from planner.bounds import head_s
 from planner.chain import Split, best_split, convex_minorant, fill, least_fill_s
 from planner.cost import Cell, Floats, Role
 from planner.orders import path_s, path_table, short_path, trace_path
-from planner.problem import CellCosts
+from planner.plan import Plan
+from planner.problem import CellCosts, Problem, cell_of, judged, order_of
 
 QUICK_STARTS = 3
 """Nodes from which a short path is tried before the table of all subsets is built."""
@@ -27,6 +28,18 @@ class Found:
     @property
     def rows_per_s(self) -> float:
         return 1.0 / self.split.row_s
+
+
+def rings_of(given: Problem, plan: Plan) -> list[Found]:
+    """A plan's rings as they run here: those whose nodes are all there and can still carry them."""
+    names = {node.name for node in given.nodes}
+    rings = []
+    for pipeline in plan.pipelines:
+        if all(stage.node in names for stage in pipeline.stages):
+            split = judged(given, pipeline)
+            if np.isfinite(split.row_s):
+                rings.append(Found(cell_of(pipeline), order_of(given, pipeline), split))
+    return rings
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from planner.chain import best_split
 from planner.cost import Cell
 from planner.finish import courses, finish_s, together_s
-from planner.problem import Problem, among, cell_costs
+from planner.problem import Problem, ring_in
 from planner.ring import Found
 
 SAME = 0.005
@@ -44,13 +44,12 @@ def soonest(given: Problem, found: list[Found]) -> Found:
 
 def _near(given: Problem, tried: Sequence[Cell], ring: Found) -> list[Found]:
     """The ring, and the same nodes in the cells that differ in one setting, their layers split anew."""
-    own, place = among(given, ring.order), tuple(range(len(ring.order)))
     near, now = [ring], ring.cell
     for cell in tried:
         same_batch = cell.micro_batch_rows == now.micro_batch_rows
         if cell.draft_len != now.draft_len or not (same_batch or cell.in_flight == now.in_flight):
             continue
-        split = best_split(cell_costs(own, cell).ring(place))
+        split = best_split(ring_in(given, cell, ring.order))
         if split and split.row_s <= SLOWER * ring.split.row_s:
             near.append(replace(ring, cell=cell, split=split))
     return near

@@ -1,7 +1,10 @@
 """The fastest plan for the facts at hand, and a bound on what any plan could reach."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
+
+import numpy as np
 
 from planner.bounds import Floor, capped_compute_bound, cut_bound, floor_of
 from planner.chain import best_split
@@ -21,8 +24,9 @@ from planner.problem import (
     cell_costs,
     pipeline_of,
     problem,
+    ring_in,
 )
-from planner.regions import certified, parts
+from planner.regions import Certified, certified, parts
 from planner.ring import Found
 from planner.settle import settled, soonest
 
@@ -43,24 +47,14 @@ def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
     """
     given = problem(cluster, model, workload)
     tried = cells(workload)
-    exact = len(given.nodes) <= EXACT_NODES
-    kinds = None if exact else kinds_of(given)
-    if exact or kinds:
-        rings = solve_by_kinds(given, kinds, tried) if kinds else solve_exactly(given, tried)
-        bound = sum(ring.rows_per_s for ring in rings)
-    else:
-        known = certified(given, tried)
-        rings, bound = (
-            solve_large(given, known.rings),
-            min(compute_bound(given, tried), known.bound),
-        )
+    exact = len(given.nodes) <= EXACT_NODES or kinds_of(given) is not None
+    known = Certified(np.inf, []) if exact else certified(given, tried)
+    rings = best_rings(given, tried, known.rings)
     if not rings:
         raise why_none(given, tried)
+    bound = _rate(rings) if exact else min(compute_bound(given, tried), known.bound)
     options = [rings, *(_fewer_in_flight(given) if exact else ())]
-    plans = [
-        plan_of(given, first_done(given, settled(given, tried, option)), bound)
-        for option in options
-    ]
+    plans = [plan_of(given, suited(given, tried, option), bound) for option in options]
     return min(plans, key=lambda plan: plan.finish_s)
 
 
@@ -70,7 +64,23 @@ def _fewer_in_flight(given: Problem) -> Iterator[list[Found]]:
         for rows in FEWER_ROWS:
             if rows < given.work.rows <= FEW_JOB_ROWS:
                 few = replace(given, work=replace(given.work, rows=rows))
-                yield from filter(None, [solve_exactly(few)])
+                yield from filter(None, [solve_exactly(few, cells(few.work))])
+
+
+def best_rings(given: Problem, tried: tuple[Cell, ...], start: Sequence[Found] = ()) -> list[Found]:
+    """Disjoint rings of the greatest total rate, and no certificate; empty if none fits.
+
+    Where the search is not exact it ends no slower than `start`, rings that can run here.
+    """
+    if len(given.nodes) <= EXACT_NODES:
+        return solve_exactly(given, tried)
+    kinds = kinds_of(given)
+    return solve_by_kinds(given, kinds, tried) if kinds else solve_large(given, start)
+
+
+def suited(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> list[Found]:
+    """The rings in calm settings, without those that a job would only wait for at its end."""
+    return first_done(given, settled(given, tried, rings))
 
 
 def solve_in_order(
@@ -96,7 +106,7 @@ def solve_in_order(
     tried = cells(workload, micro_batch_rows, in_flight, (draft_len,))
     found: list[Found] = []
     for cell in tried:
-        split = best_split(cell_costs(given, cell).ring(order))
+        split = best_split(ring_in(given, cell, order))
         if split is not None:
             found.append(Found(cell, order, split))
     if not found:
@@ -106,12 +116,14 @@ def solve_in_order(
 
 def compute_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
     """Rows per second that no plan over these cells can beat."""
-    floor: Floor | None = None
-    for cell in tried:
-        least = floor_of(given.nodes, given.model, given.work, cell)
-        floor = least.below(floor) if floor else least
-    if floor is None:
+    # Fewer micro-batches in flight leave more memory: a stage never costs less with more of them.
+    fewest: dict[tuple[int, int], Cell] = {}
+    for cell in sorted(tried, key=lambda cell: -cell.in_flight):
+        fewest[cell.micro_batch_rows, cell.draft_len] = cell
+    floors = [floor_of(given.nodes, given.model, given.work, cell) for cell in fewest.values()]
+    if not floors:
         return 0.0
+    floor = reduce(Floor.below, floors)
     capped = capped_compute_bound(floor)
     return min(capped, cut_bound(floor, parts(given, tried, capped)))
 
@@ -125,7 +137,7 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
         costs = cell_costs(own, ring.cell)
         pipelines.append(pipeline_of(own, costs, place, ring.split))
         limits.append(binding_words(own, costs, place, ring.split))
-    rows_per_s = sum(ring.rows_per_s for ring in rings)
+    rows_per_s = _rate(rings)
     tokens = given.work.output_tokens.mean
     words = limits if len(limits) == 1 else [f"pipeline {i}: {w}" for i, w in enumerate(limits)]
     return Plan(
@@ -138,3 +150,7 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
         binding="; ".join(words),
         basis=basis_lines(given, rings[0].cell),
     )
+
+
+def _rate(rings: list[Found]) -> float:
+    return sum(ring.rows_per_s for ring in rings)

@@ -135,7 +135,7 @@ def least_row_s(
     held += _greatest(greatest, ending - most, own)
     compute_s = np.zeros(held.shape)
     for price, least in priced_layers(middle, prices):
-        stages_s = _at(least, most)
+        stages_s = at_most_held(least, most)
         saved = np.minimum(stages_s[:, own:] + spare_s / cell.micro_batch_rows, 0.0)
         fixed = saved.sum(axis=1, keepdims=True) + price * layers
         np.maximum(compute_s, total(stages_s[:, :own]) + fixed, out=compute_s)
@@ -156,14 +156,14 @@ def least_life_s(cell: Cell, middle: Floats, hop_s: Floats, times: Floats) -> Fl
     most = held_within(middle, times)
     hops = hop_s[None, :] / cell.micro_batch_rows
     lives = [
-        np.minimum(_at(least, most) + hops, 0.0).sum(axis=1) + price * middle.shape[1]
+        np.minimum(at_most_held(least, most) + hops, 0.0).sum(axis=1) + price * middle.shape[1]
         for price, least in priced_layers(middle)
     ]
     return np.asarray(np.max(lives, axis=0) * cell.micro_batch_rows, np.float64)
 
 
-def _at(least: Floats, most: Floats) -> Floats:
-    """What `least` has for so many layers; shape (times, nodes)."""
+def at_most_held(least: Floats, most: Floats) -> Floats:
+    """What a table has for so many layers; shape (times, nodes)."""
     at = np.maximum(most - 1, 0).astype(np.int64)
     return np.take_along_axis(least, at.T, axis=1).T
 
