@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint pytest clean
 
 demo: .venv/installed
 	"$(BIN)/wagonway" run examples/job.yaml --stages 3
 	"$(BIN)/wagonway" query --job complete-stdlib "select status, finish_reason, count(*) as n, round(avg(output_tokens), 1) as mean_tokens from results group by all order by n desc"
 
-test: lint
+# The linters take one core for half a minute, in which the first tests mostly wait.
+test: .venv/installed
+	@$(MAKE) --no-print-directory --jobs=2 lint pytest
+
+pytest: .venv/installed
 	"$(BIN)/python" -m pytest
 
 lint: .venv/installed
