@@ -194,7 +194,7 @@ shapes = st.just(SHAPE) | st.builds(windowed, st.integers(1, 150), st.integers(0
 @given(
     st.integers(0, 9), lengths, st.integers(1, 3), st.sets(st.integers(0, 60), max_size=6), shapes
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_every_row_sees_its_own_tokens_whatever_is_shared_preempted_or_lost(
     seed: int,
     drawn: list[tuple[int, int, int]],
