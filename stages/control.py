@@ -219,7 +219,6 @@ class Heartbeat(_Message):
     """Of `busy_s`, the computing thread's processor time."""
     cpu_s: Seconds = 0.0
     """Processor time of the whole process, from its start."""
-    rss_bytes: Count = 0
     links: tuple[LinkReport, ...] = Field(default=(), max_length=MAX_MEMBERS)
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from stages.codec import INT8, LEVELS
@@ -145,7 +144,6 @@ class Worker:
             busy_s=self.done.busy_s,
             compute_cpu_s=self.done.cpu_s,
             cpu_s=time.process_time(),
-            rss_bytes=psutil.Process().memory_info().rss,
             links=tuple(box.report() for box in (self._outbox, self._inbox) if box is not None),
         )
 

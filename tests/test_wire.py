@@ -419,12 +419,11 @@ JSON_LIES: dict[str, tuple[type[ControlMessage], bytes]] = {
     "a field too many": (Stop, b'{"pickle": 1}'),
     "a field missing": (Refused, b'{"reason": "", "cause": "run"}'),
     "a number as text": (Refused, b'{"reason": "", "cause": "run", "epoch": "3"}'),
-    "NaN": (Ready, b'{"epoch":3,"kv_capacity_tokens":1,"load_s":NaN,"rss_bytes":1}'),
-    "a fraction": (Ready, b'{"epoch":3,"kv_capacity_tokens":1.5,"load_s":1,"rss_bytes":1}'),
+    "NaN": (Heartbeat, b'{"busy_s":NaN}'),
+    "a fraction": (Heartbeat, b'{"frames":1.5}'),
     "two peers of one name": (
         Topology,
-        b'{"epoch":3,"peers":[{"name":"a","host":"h","port":1,"certificate":"p"},'
-        b'{"name":"a","host":"h","port":2,"certificate":"p"}]}',
+        b'{"epoch":3,"peers":[{"name":"a","host":"h","port":1},{"name":"a","host":"h","port":2}]}',
     ),
     "a label that disagrees": (
         StepFailed,
