@@ -13,16 +13,14 @@ from statistics import fmean
 from planner.baselines import baseline
 from planner.chain import best_split
 from planner.cost import Cell
-from planner.exact import EXACT_NODES, solve_exactly
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.grid import cells
-from planner.large import solve_large
 from planner.plan import Plan
-from planner.problem import Problem, among, cell_costs, cell_of, judged, order_of, problem
-from planner.ring import Found
+from planner.problem import Problem, problem, ring_in
+from planner.ring import Found, rings_of
 from planner.rows import Row
 from planner.simulate import simulate
-from planner.solve import plan_of, solve
+from planner.solve import best_rings, plan_of, solve
 
 QUICK_METHODS = ("cg-bp", "gbp-cr", "petals", "parallax")
 """Published methods whose plans are candidates too: they cost milliseconds."""
@@ -143,8 +141,7 @@ def _with_rows_in_flight(
 ) -> Iterator[Plan]:
     """The fastest rings of which none has more rows in flight, if there are any."""
     few = problem(cluster, model, replace(workload, rows=rows))
-    exact = len(few.nodes) <= EXACT_NODES
-    rings = solve_exactly(few) if exact else solve_large(few)
+    rings = best_rings(few, cells(few.work))
     if rings:
         yield plan_of(problem(cluster, model, workload), rings, 0.0)
 
@@ -168,15 +165,12 @@ def _improved(stage: _Stage, best: _Run) -> _Run:
 
 def _moved(given: Problem, plan: Plan, pipeline: int, step: tuple[int, int]) -> Plan | None:
     """The plan with one pipeline in a neighbouring cell, its layers split anew; None if it cannot."""
-    rings = [
-        Found(cell_of(ring), order_of(given, ring), judged(given, ring)) for ring in plan.pipelines
-    ]
+    rings = rings_of(given, plan)
     ring = rings[pipeline]
     cell = _neighbour(cells(given.work), ring.cell, step)
     if cell is None:
         return None
-    own, place = among(given, ring.order), tuple(range(len(ring.order)))
-    split = best_split(cell_costs(own, cell).ring(place))
+    split = best_split(ring_in(given, cell, ring.order))
     if split is None:
         return None
     rings[pipeline] = Found(cell, ring.order, split)
