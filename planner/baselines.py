@@ -34,7 +34,7 @@ from planner.placement import (
     water_fill,
 )
 from planner.plan import Plan
-from planner.problem import Problem, among, cell_costs, problem
+from planner.problem import Problem, problem, ring_in
 from planner.ring import Found
 from planner.routing import Hop, chains_by_capacity, shortest_route
 from planner.solve import plan_of
@@ -85,11 +85,11 @@ def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workloa
 def _ring(given: Problem, tried: Sequence[Cell], chain: Chain) -> Found | None:
     """The chain as it is, in the cell where it is fastest."""
     order, layers = chain
-    own, best = among(given, order), None
+    best: Found | None = None
     for cell in tried:
         if cell.draft_len:
             continue
-        ring = cell_costs(own, cell).ring(tuple(range(len(order))))
+        ring = ring_in(given, cell, order)
         stages = ring.busy_s[np.arange(len(order)), np.array(layers) - 1]
         occupied, hops = ring.occupied_s[:, 0], ring.hop_s[:, 0]
         life = float(stages.sum()) * cell.micro_batch_rows + float(hops.sum())
