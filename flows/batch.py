@@ -103,6 +103,7 @@ def answer(run: Run, start: Start) -> None:
         measured.threads,
         ring,
         weights=run.job.weights,
+        device=measured.device,
     )
     fleet = Fleet(plan, settings)
     try:

@@ -23,7 +23,7 @@ from flows.pacing import Pacer
 from flows.stage import last_words, stage
 from planner.plan import Plan, StagePlan
 from stages.codec import FAST, INT8, RAW
-from stages.config import Address, Codec, DType, ModelSpec, Ring, StageSpec, WeightKind
+from stages.config import Address, Codec, Device, DType, ModelSpec, Ring, StageSpec, WeightKind
 from stages.control import (
     Answer,
     Answers,
@@ -77,6 +77,7 @@ class StageSettings:
     threads: int
     ring: Ring
     weights: WeightKind = "stored"
+    device: Device = "cpu"
     driver_host: str = HOST
     """Where the driver listens."""
     hosts: Mapping[str, str] = field(default_factory=dict)
@@ -253,6 +254,7 @@ class Fleet:
                 dtype=settings.dtype,
                 weights=settings.weights,
                 threads=settings.threads,
+                device=settings.device,
                 streamed_layers=station.plan.weights_offloaded,
             ),
             ring=settings.ring,

@@ -14,7 +14,7 @@ from flows.errors import JobError, RunError
 from flows.job import Job
 from planner.facts import Cluster, CodecRate, LayerTimes, Link, ModelShape, Node
 from stages.codec import FAST, INT8
-from stages.config import REFUSED, Codec, ProbeFacts, ProbeSpec
+from stages.config import REFUSED, Codec, Device, ProbeFacts, ProbeSpec
 from storage.scratch import Scratch
 
 USABLE_MEMORY = 0.8
@@ -35,13 +35,15 @@ class Measured:
     """Threads that each stage computes with."""
     basis: tuple[str, ...]
     """The same for people, a line each."""
+    device: Device = "cpu"
+    """What each stage computes with."""
 
 
 def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured:
     """Probe this machine for a run of so many stages; JobError for a model that must be refused.
 
-    `stage_bytes` is what a stage's process may take of memory in all; by default, of what is free
-    now, its share.
+    `stage_bytes` is what a stage may take in all of the memory that it computes in; by default, of
+    what is free now, its share.
     """
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // stages)
@@ -55,8 +57,9 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
     )
     facts = _probed(spec)
     crowding = max(1.0, stages * threads / cores)
-    free_bytes = psutil.virtual_memory().available
-    node_bytes = (stage_bytes or USABLE_MEMORY * free_bytes / stages) - facts.process_bytes
+    node_bytes = stage_bytes or USABLE_MEMORY * facts.device_free_bytes / stages
+    if facts.device == "cpu":  # else the process lies in other memory
+        node_bytes -= facts.process_bytes
     if node_bytes <= 0:
         raise JobError(
             f"a stage may take {(node_bytes + facts.process_bytes) / 1e9:.3g} GB of memory, and its "
@@ -64,7 +67,13 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
         )
     node = _node(spec, facts, node_bytes, crowding)
     nodes = tuple(
-        replace(node, name=f"local-{i}", disk_bytes_per_s=facts.disk_bytes_per_s / stages)
+        replace(
+            node,
+            name=f"local-{i}",
+            disk_bytes_per_s=facts.disk_bytes_per_s / stages,
+            host_bytes=_host_bytes(facts) / stages,
+            host_to_device_bytes_per_s=facts.host_to_device_bytes_per_s / stages,
+        )
         for i in range(stages)
     )
     links = tuple(
@@ -74,8 +83,9 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
     codec = CodecRate(facts.codec_ratio, facts.codec_bytes_per_s / crowding)
     shape = _shape(facts)
     basis = (
-        f"{cores} cores and {free_bytes / 2**30:.1f} GiB free; {stages} stages of {threads} "
-        f"threads on this machine, each at 1/{crowding:.3g} of its speed alone",
+        f"{cores} cores and {facts.device_free_bytes / 2**30:.1f} GiB free{_of_what(facts)}; "
+        f"{stages} stages of {threads} threads on this machine, each at 1/{crowding:.3g} of its "
+        "speed alone",
         f"one layer takes {1e3 * facts.prefill_s:.2f} ms for {spec.prefill_tokens} prompt tokens, "
         f"{1e3 * facts.decode_s:.2f} ms for {spec.decode_rows} rows of {spec.context_tokens}",
         f"{facts.layers} layers of {facts.layer_bytes / 2**20:.1f} MiB in {facts.dtype}, "
@@ -85,12 +95,31 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
         f"codec level {level} makes activations {codec.ratio:.2f} times smaller at "
         f"{codec.bytes_per_s / 1e6:.0f} MB/s",
         f"a stage may hold {node_bytes / 1e9:.3g} GB beside the {facts.process_bytes / 1e9:.3g} GB of "
-        "its process; "
-        + (facts.disk_obstacle or f"layers stream at {facts.disk_bytes_per_s / 1e6:.0f} MB/s"),
+        f"its process; {_streams(facts)}",
         f"loopback carries {facts.loopback_bytes_per_s / 1e6:.0f} MB/s at "
         f"{1e6 * facts.loopback_latency_s:.0f} us",
     )
-    return Measured(Cluster(nodes, links), shape, codec, level, threads, basis)
+    return Measured(Cluster(nodes, links), shape, codec, level, threads, basis, facts.device)
+
+
+def _host_bytes(facts: ProbeFacts) -> float:
+    """What this machine has of memory beside the device's, for all stages; 0 where it is the same."""
+    if facts.device == "cpu":
+        return 0.0
+    free_bytes: int = psutil.virtual_memory().available
+    return USABLE_MEMORY * free_bytes
+
+
+def _of_what(facts: ProbeFacts) -> str:
+    return "" if facts.device == "cpu" else f" on {facts.device}"
+
+
+def _streams(facts: ProbeFacts) -> str:
+    if facts.device != "cpu":
+        return (
+            f"layers stream from host memory at {facts.host_to_device_bytes_per_s / 1e6:.0f} MB/s"
+        )
+    return facts.disk_obstacle or f"layers stream at {facts.disk_bytes_per_s / 1e6:.0f} MB/s"
 
 
 def _seen(shape: ModelShape) -> str:
@@ -126,7 +155,7 @@ def _node(spec: ProbeSpec, facts: ProbeFacts, memory_bytes: float, crowding: flo
         memory_bytes=memory_bytes,
         memory_bytes_per_s=facts.memory_bytes_per_s / crowding,
         region="local",
-        kind="cpu",
+        kind=facts.device,
         layer_s=LayerTimes(
             prefill=((spec.prefill_tokens, facts.prefill_s * crowding),),
             decode=((spec.decode_rows, spec.context_tokens, facts.decode_s * crowding),),

@@ -5,7 +5,7 @@
 through keyword arguments, since some families drop those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -30,12 +30,6 @@ SEAT = "wagonway_seat"
 """The attribute under which a module finds its Seat."""
 HARMLESS = {"position_ids", "cache_position"}
 """Arguments that say nothing which the step does not say; any other that is set is refused."""
-ROUND_TOKENS = 8
-"""A step is padded to a multiple of this many positions.
-
-In float32 on the CPU a linear layer then gives a position the same bits whatever stands beside it,
-at any number of threads (measured: at 1 to 3 positions a thread they differ).
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +138,19 @@ class StepAttention:
     """Attention of one step: writes its keys and values, then answers each row from its own.
 
     Rows are cut at multiples of CHUNK_TOKENS positions, so that a prompt that came in several
-    chunks is computed as one that came whole. Index tensors are made once and shared by all layers
-    of a kind.
+    chunks is computed as one that came whole. What says where keys and values lie is made once and
+    shared by all layers of a kind.
     """
 
-    def __init__(self, step: Step, kv: KvCache, dtype: torch.dtype) -> None:
+    def __init__(
+        self, step: Step, kv: KvCache, write_at: Mapping[bool, Tensor], dtype: torch.dtype
+    ) -> None:
+        """`write_at` is StepIndex's."""
         self._kv = kv
         self._dtype = dtype
         self._spans = step.spans
         self._tokens = step.tokens
-        self._write_at: dict[bool, Tensor] = {}
+        self._write_at = write_at
         self._pieces: dict[tuple[bool, int | None], list[Piece]] = {}
 
     def __call__(
@@ -167,8 +164,6 @@ class StepAttention:
     ) -> Tensor:
         """See Attend; positions past the step's tokens are padding and get zeros."""
         windowed = self._kv.is_windowed(layer)
-        if windowed not in self._write_at:
-            self._write_at[windowed] = self._kv.places(layer, self._spans)
         keys, values = self._kv.write(
             layer, self._write_at[windowed], key[:, :, : self._tokens], value[:, :, : self._tokens]
         )
@@ -211,11 +206,6 @@ class Probe:
         """See Attend; every position gets zeros."""
         self.calls.append(LayerKv(layer, key.shape[1], key.shape[3], value.shape[3], window))
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-
-
-def rounded(tokens: int) -> int:
-    """Positions that a step of so many tokens is padded to; see ROUND_TOKENS."""
-    return -(-tokens // ROUND_TOKENS) * ROUND_TOKENS
 
 
 def _answers(

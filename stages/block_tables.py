@@ -1,12 +1,15 @@
 """Where the positions of sequences lie in one kind of pools: a table of blocks for each sequence.
 
-The head decides which blocks a sequence has; pools and their numbers are unknown here.
+The head decides which blocks a sequence has; pools and their numbers are unknown here. Tables are
+the host's: what a step needs of them is sent to the device that computes all at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from planner.schedule import Span
@@ -31,18 +34,13 @@ class Rows:
 
 @dataclass(slots=True)
 class _Table:
-    """A sequence's places in the pools, by position; only its tables change it."""
+    """A sequence's blocks, by position; only its tables change it."""
 
     first: int
-    """The position that the first place is for: those before it are gone."""
-    places: Tensor
+    """The position that the first block begins with: those before it are gone."""
+    blocks: list[int]
     runs: tuple[tuple[int, int], ...]
     """The same as runs of (first place, tokens)."""
-
-    @property
-    def end(self) -> int:
-        """The first position that has no place yet."""
-        return self.first + len(self.places)
 
     def slice(self, first: int, end: int) -> tuple[tuple[int, int], ...]:
         """The runs of positions [first, end)."""
@@ -58,9 +56,8 @@ class _Table:
 class BlockTables:
     """Mutable; owned by a KV cache."""
 
-    def __init__(self, block_tokens: int, device: torch.device) -> None:
+    def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
-        self._device = device
         self._tables: dict[int, _Table] = {}
 
     @property
@@ -70,23 +67,23 @@ class BlockTables:
 
     def extend(self, sequence: int, blocks: Sequence[int], first: int = 0) -> None:
         """Add blocks to the end of a sequence's table; a new one begins at position `first`."""
-        starts = torch.tensor(blocks, dtype=torch.int64, device=self._device)
-        offsets = torch.arange(self._block_tokens, device=self._device)
-        places = (starts[:, None] * self._block_tokens + offsets).flatten()
-        table = self._tables.get(sequence)
-        if table is None:
-            runs = _joined((), blocks, self._block_tokens)
-            self._tables[sequence] = _Table(first, places, runs)
-        else:
-            table.places = torch.cat([table.places, places])
-            table.runs = _joined(table.runs, blocks, self._block_tokens)
+        table = self._tables.setdefault(sequence, _Table(first, [], ()))
+        table.blocks += blocks
+        table.runs = _joined(table.runs, blocks, self._block_tokens)
+
+    def move(self, sequence: int, blocks: Sequence[int]) -> None:
+        """What a sequence has lies in these blocks from now on, as many as it had."""
+        table = self._tables[sequence]
+        assert len(blocks) == len(table.blocks), "a sequence moves whole"
+        table.blocks = list(blocks)
+        table.runs = _joined((), blocks, self._block_tokens)
 
     def drop_before(self, sequence: int, position: int) -> None:
-        """Forget where positions before this one lie: others may have their blocks by now."""
+        """Forget where positions before this one lie, whole blocks: others may have them by now."""
         table = self._tables.get(sequence)
         if table is not None and table.first < position:
-            table.runs = table.slice(position, table.end)
-            table.places = table.places[position - table.first :]
+            table.runs = table.slice(position, self._end(table))
+            del table.blocks[: (position - table.first) // self._block_tokens]
             table.first = position
 
     def drop(self, sequence: int) -> None:
@@ -100,7 +97,7 @@ class BlockTables:
     def require(self, span: Span, first: int, frame: int) -> None:
         """ProtocolError unless all from position `first` to the span's end have places."""
         table = self._tables.get(span.sequence)
-        held = (0, 0) if table is None else (table.first, table.end)
+        held = (0, 0) if table is None else (table.first, self._end(table))
         end = span.start + span.tokens
         if span.tokens < 1 or span.start < 0 or first < held[0] or end > held[1]:
             raise ProtocolError(
@@ -108,18 +105,24 @@ class BlockTables:
                 f"{end}, sees those from {first}, and holds blocks for {held[0]} to {held[1]}"
             )
 
-    def places(self, spans: Sequence[Span]) -> Tensor:
-        """Where the spans' positions lie, concatenated, int64."""
-        parts = []
+    def places(self, spans: Sequence[Span]) -> NDArray[np.int64]:
+        """Where the spans' positions lie, concatenated."""
+        each, parts = self._block_tokens, []
         for span in spans:
             table = self._tables[span.sequence]
             start = span.start - table.first
-            parts.append(table.places[start : start + span.tokens])
-        return torch.cat(parts)
+            blocks = table.blocks[start // each : -(-(start + span.tokens) // each)]
+            inside = np.arange(start % each, start % each + span.tokens)
+            parts.append(np.array(blocks, np.int64)[inside // each] * each + inside % each)
+        return np.concatenate(parts)
 
     def rows(self, sequence: int, first: int, end: int) -> Rows:
         """Where positions [first, end) of a sequence lie."""
         return Rows(self._tables[sequence].slice(first, end))
+
+    def _end(self, table: _Table) -> int:
+        """The first position that has no place yet."""
+        return table.first + len(table.blocks) * self._block_tokens
 
 
 def _joined(

@@ -1,7 +1,6 @@
 """One stage's work on one frame: payload in, layers, payload or tokens out; no sockets."""
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -9,9 +8,10 @@ from torch import Tensor
 
 from planner.schedule import RingShape, Step
 from stages.config import StageSpec
+from stages.finite import finite_rows
 from stages.frame import RAW, Dtype
 from stages.halving import Halving, memory_for
-from stages.sampling import Sampler, SamplingParams
+from stages.sampling import NO_TOKEN, Sampler, SamplingParams
 from stages.shard import Shard, ShardSpec
 from stages.wire import Admit, SampleFrame, StepFrame
 
@@ -50,7 +50,7 @@ class StageCompute:
         self.shard = shard
         with memory_for(f"the keys and values of {ring.blocks * ring.block_tokens} tokens"):
             self._cache = shard.new_cache(ring.blocks, ring.block_tokens, ring.window)
-        self._sampler = Sampler()
+        self._sampler = Sampler(shard.ferry)
         self._halving = Halving()
         self._epoch = epoch
 
@@ -65,6 +65,7 @@ class StageCompute:
                     model.first_layer,
                     model.end_layer,
                     model.dtype,
+                    model.device,
                     streamed_layers=model.streamed_layers,
                     weights=model.weights,
                 )
@@ -77,27 +78,34 @@ class StageCompute:
 
     def go_on(self, frame: StepFrame) -> StepFrame | SampleFrame:
         """A later stage's part: the layers on what the previous stage sent."""
-        return self._run(frame.step, _array(frame), frame.admits)
+        return self._run(frame.step, self.shard.ferry.to_device(_array(frame)), frame.admits)
 
     def _run(
         self, step: Step, hidden: Tensor, admits: tuple[Admit, ...]
     ) -> StepFrame | SampleFrame:
+        """Nothing waits for the device before `_arrived`."""
         self._cache.apply(step)
         if self.shard.is_last:
             self._take_in(step, admits)
-            tokens = chain.from_iterable(self._halving.run(step, hidden, self._sampled))
+            tokens = self._arrived(self._halving.run(step, hidden, self._sampled)).tolist()
+            self.shard.require_finite(step, [token != NO_TOKEN for token in tokens])
             return SampleFrame(self._epoch, step.frame, step.slot, tuple(tokens))
-        parts = self._halving.run(step, hidden, self._layers)
-        return self._passed_on(step, parts[0] if len(parts) == 1 else torch.cat(parts), admits)
+        answer = self._arrived(self._halving.run(step, hidden, self._layers))
+        self.shard.require_finite(step, finite_rows(answer).tolist())
+        return self._passed_on(step, answer, admits)
+
+    def _arrived(self, parts: list[Tensor]) -> Tensor:
+        """What a step's parts answered, as one, in the host's memory."""
+        return self.shard.ferry.to_host(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _layers(self, step: Step, hidden: Tensor) -> Tensor:
         return self.shard.forward(step, hidden, self._cache)
 
-    def _sampled(self, step: Step, hidden: Tensor) -> list[int]:
+    def _sampled(self, step: Step, hidden: Tensor) -> Tensor:
         logits = self._layers(step, hidden)
         spans = [span for span in step.spans if span.samples]
         if not spans:
-            return []
+            return logits.new_empty(0, dtype=torch.int64)
         return self._sampler.sample(
             logits, [s.sequence for s in spans], [s.start + s.tokens for s in spans]
         )

@@ -13,6 +13,8 @@ from planner.windows import Window
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
+Device = Literal["cpu", "cuda"]
+"""What a stage's layers are computed by: the processor, or the accelerator that torch sees."""
 WeightKind = Literal["stored", "int8", "int4"]
 """What a layer's linear weights are kept as: the job's, and all but the first are lossy."""
 Codec = Literal["raw", "fast", "int8"]
@@ -65,6 +67,7 @@ class ModelSpec(_Strict):
     dtype: DType = "auto"
     weights: WeightKind = "stored"
     threads: Count = 1
+    device: Device = "cpu"
     streamed_layers: int = Field(default=0, ge=0)
     """How many of the layers stream through two buffers in place of staying in memory."""
 
@@ -143,6 +146,8 @@ class ProbeSpec(_Strict):
     dtype: DType = "auto"
     weights: WeightKind = "stored"
     threads: Count = 1
+    device: Device | None = None
+    """What to measure; None: the accelerator where there is one, else the processor."""
     prefill_tokens: Count = 128
     decode_rows: Count = 32
     context_tokens: Count = 128
@@ -159,6 +164,8 @@ class ProbeFacts(_Strict):
     """What a probe measured: medians of one layer, on one node, with the spec's threads."""
 
     dtype: DType
+    device: Device
+    """What computed it, and what a stage here should compute with."""
     layers: Count
     hidden: Count
     layer_bytes: Count
@@ -177,6 +184,11 @@ class ProbeFacts(_Strict):
     head_s: float
     """From hidden states to the ids of `decode_rows` greedy tokens."""
     memory_bytes_per_s: float
+    """Of the device, like the times above."""
+    device_free_bytes: Count
+    """Memory of the device that nobody uses."""
+    host_to_device_bytes_per_s: float
+    """Of pinned memory; 0 where the processor computes, which has no other memory."""
     disk_bytes_per_s: float
     """At which layers of this size stream from this node's disk; 0 where none can."""
     disk_obstacle: str = ""

@@ -7,7 +7,9 @@ The head decides which blocks a sequence owns; this only knows where they lie.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from planner.schedule import Grant, Span, Step
@@ -53,8 +55,8 @@ class KvCache:
         self.block_tokens = block_tokens
         self.device = device
         self._window = window
-        self._whole = BlockTables(block_tokens, device)
-        self._near = BlockTables(block_tokens, device)
+        self._whole = BlockTables(block_tokens)
+        self._near = BlockTables(block_tokens)
         self._windowed = {kv.layer for kv in layers if _keeps(window, kv)}
         self._pools = {kv.layer: self._pool(kv, dtype) for kv in layers}
 
@@ -75,6 +77,11 @@ class KvCache:
     def bytes(self) -> int:
         """Bytes that the pools may come to occupy."""
         return sum(pool.nbytes for pair in self._pools.values() for pool in pair)
+
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Which kinds of layers there are: windowed ones, others, or both."""
+        return tuple({self.is_windowed(layer) for layer in self._pools})
 
     def is_windowed(self, layer: int) -> bool:
         """Whether the layer keeps only a window; layers of one kind share their tables."""
@@ -103,13 +110,14 @@ class KvCache:
         self._whole.clear()
         self._near.clear()
 
-    def places(self, layer: int, spans: Sequence[Span]) -> Tensor:
-        """Where the spans' positions lie in the layer's pools, concatenated, int64."""
-        return self._tables(layer).places(spans)
+    def places(self, windowed: bool, spans: Sequence[Span]) -> NDArray[np.int64]:
+        """Where the spans' positions lie in the pools of one kind of layers, concatenated."""
+        return (self._near if windowed else self._whole).places(spans)
 
     def rows(self, layer: int, sequence: int, first: int, end: int) -> Rows:
         """Where positions [first, end) of a sequence lie in the layer's pools."""
-        return self._tables(layer).rows(sequence, first, end)
+        tables = self._near if self.is_windowed(layer) else self._whole
+        return tables.rows(sequence, first, end)
 
     def write(
         self, layer: int, places: Tensor, key: Tensor, value: Tensor
@@ -119,9 +127,6 @@ class KvCache:
         keys.index_copy_(2, places, key)
         values.index_copy_(2, places, value)
         return keys, values
-
-    def _tables(self, layer: int) -> BlockTables:
-        return self._near if self.is_windowed(layer) else self._whole
 
     def _extend(self, grant: Grant, start: int) -> None:
         """Each kind's blocks to its tables; a windowed one begins with what its first span sees."""

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from planner.schedule import Grant, Span, Step
 from stages import layer_store
 from stages.architecture import Model, body_of, layer_windows, read_config, whole_model
 from stages.checkpoint import Checkpoint, require_whole
 from stages.codec import decode, encode
-from stages.config import REFUSED, DType, ProbeFacts, ProbeSpec
+from stages.config import REFUSED, Device, DType, ProbeFacts, ProbeSpec
 from stages.errors import ModelError, StreamError
 from stages.quantize import prepare
 from stages.selfcheck import check
@@ -49,7 +50,10 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     check(spec.folder)
     prepare(spec.weights)
     process_bytes = own_bytes()  # by now it has what computing takes, but no layer yet
-    shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype, weights=spec.weights))
+    found: Device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(found)
+    free_bytes = _free_bytes(device)
+    shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype, found, weights=spec.weights))
     facts = shard.facts
     config = read_config(spec.folder)
     model = whole_model(config, facts.dtype)
@@ -61,6 +65,7 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
     disk_bytes_per_s, disk_obstacle = _disk(layer_bytes)
     return ProbeFacts(
         dtype=_NAMES[facts.dtype],
+        device=found,
         layers=facts.model_layers,
         hidden=facts.hidden,
         layer_bytes=layer_bytes,
@@ -72,7 +77,9 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
         prefill_s=_prefill_s(shard, spec),
         decode_s=_decode_s(shard, spec),
         head_s=_head_s(shard, spec),
-        memory_bytes_per_s=_memory_bytes_per_s(),
+        memory_bytes_per_s=_memory_bytes_per_s(device),
+        device_free_bytes=free_bytes,
+        host_to_device_bytes_per_s=_host_to_device_bytes_per_s(device),
         disk_bytes_per_s=disk_bytes_per_s,
         disk_obstacle=disk_obstacle,
         process_bytes=process_bytes,
@@ -95,13 +102,24 @@ def _bytes_per_parameter(shard: Shard, model: Model) -> float:
 
 
 def _median_s(act: Callable[[], object], repeats: int) -> float:
-    act()  # the first call allocates
+    _done(act)  # the first call allocates
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        act()
+        _done(act)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def _done(act: Callable[[], object]) -> None:
+    """Act, and wait until an accelerator has done its part, if it had one."""
+    answer = act()
+    if isinstance(answer, Tensor) and answer.device.type != "cpu":
+        torch.accelerator.synchronize(answer.device)
+
+
+def _random(shard: Shard, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=shard.facts.dtype, device=shard.facts.device)
 
 
 def _prefill_s(shard: Shard, spec: ProbeSpec) -> float:
@@ -109,7 +127,7 @@ def _prefill_s(shard: Shard, spec: ProbeSpec) -> float:
     cache = shard.new_cache(blocks, BLOCK_TOKENS)
     spans = (Span(0, 0, spec.prefill_tokens, samples=False),)
     cache.apply(Step(0, 0, spans, (Grant(0, tuple(range(blocks))),)))
-    hidden = torch.randn(spec.prefill_tokens, shard.facts.hidden, dtype=shard.facts.dtype)
+    hidden = _random(shard, spec.prefill_tokens, shard.facts.hidden)
     return _median_s(lambda: shard.forward(Step(0, 0, spans), hidden, cache), spec.repeats)
 
 
@@ -121,7 +139,7 @@ def _decode_s(shard: Shard, spec: ProbeSpec) -> float:
     spans = tuple(Span(row, spec.context_tokens, 1, samples=False) for row in rows)
     grants = tuple(Grant(row, tuple(range(row * each, (row + 1) * each))) for row in rows)
     cache.apply(Step(0, 0, spans, grants))
-    hidden = torch.randn(spec.decode_rows, shard.facts.hidden, dtype=shard.facts.dtype)
+    hidden = _random(shard, spec.decode_rows, shard.facts.hidden)
     return _median_s(lambda: shard.forward(Step(0, 0, spans), hidden, cache), spec.repeats)
 
 
@@ -135,7 +153,7 @@ def _codec(shard: Shard, spec: ProbeSpec) -> tuple[float, float]:
     ids = torch.arange(count) * 7919 % shard.facts.vocab
     if shard.is_last:  # a model of one layer: nothing is ever sent
         return 1.0, 1e9
-    hidden = shard.forward(step, shard.embed(ids), cache).contiguous()
+    hidden = shard.ferry.to_host(shard.forward(step, shard.embed(ids), cache).contiguous())
     payload = hidden.view(torch.uint8).numpy().data
     dtype, shape = _NAMES[hidden.dtype], hidden.shape
     frame = encode(payload, dtype, shape, spec.codec).tobytes()
@@ -146,15 +164,30 @@ def _codec(shard: Shard, spec: ProbeSpec) -> tuple[float, float]:
 
 def _head_s(shard: Shard, spec: ProbeSpec) -> float:
     facts = shard.facts
-    weights = torch.randn(facts.vocab, facts.hidden, dtype=facts.dtype)
-    hidden = torch.randn(spec.decode_rows, facts.hidden, dtype=facts.dtype)
+    weights = _random(shard, facts.vocab, facts.hidden)
+    hidden = _random(shard, spec.decode_rows, facts.hidden)
     return _median_s(lambda: (hidden @ weights.T).argmax(dim=-1), spec.repeats)
 
 
-def _memory_bytes_per_s() -> float:
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
+def _memory_bytes_per_s(device: torch.device) -> float:
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / _median_s(lambda: target.copy_(source), repeats=3)
+
+
+def _host_to_device_bytes_per_s(device: torch.device) -> float:
+    if device.type == "cpu":
+        return 0.0
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    return COPIED_BYTES / _median_s(lambda: target.copy_(source, non_blocking=True), repeats=3)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses once this process has ended."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) + own_bytes()
+    return int(torch.accelerator.get_memory_info(device)[0])
 
 
 def _disk(layer_bytes: int) -> tuple[float, str]:

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from stages.errors import ProtocolError
+from stages.ferry import Ferry
+from stages.finite import finite_rows
 
+NO_TOKEN = -1
+"""What is drawn from logits that are no numbers."""
 NUCLEUS_PROBE = 256
 """Likeliest tokens that a top-p cut looks at before it sorts the whole vocabulary."""
 
@@ -45,7 +49,8 @@ class _Live:
 class Sampler:
     """What the last stage holds of each live sequence; mutable, owned by the stage's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, ferry: Ferry) -> None:
+        self._ferry = ferry
         self._live: dict[int, _Live] = {}
 
     @property
@@ -66,21 +71,40 @@ class Sampler:
         """Forget all: a new epoch begins."""
         self._live.clear()
 
-    def sample(
-        self, logits: Tensor, sequences: Sequence[int], positions: Sequence[int]
-    ) -> list[int]:
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, sequences: Sequence[int], positions: Sequence[int]) -> Tensor:
         """One token id a row of logits [n, vocab]; row i is drawn for position i of sequence i.
 
-        Greedy rows take the largest logit, the lowest id among equals. Raises ProtocolError for a
+        The ids [n] stay on the logits' device. Greedy rows take the largest logit, the lowest id
+        among equals; rows with a NaN or an infinity get NO_TOKEN. Raises ProtocolError for a
         sequence that was never admitted.
         """
         rows = [self._row(sequence) for sequence in sequences]
-        ids: list[int] = logits.argmax(-1).tolist()
+        ids, fine = logits.argmax(-1), finite_rows(logits)
         drawn = [at for at, row in enumerate(rows) if row.params.temperature > 0.0]
-        for at in drawn:
-            row = rows[at]
-            ids[at] = draw(logits[at], row.params, uniform(row.seed, row.key, positions[at]))
-        return ids
+        chances = [uniform(rows[at].seed, rows[at].key, positions[at]) for at in drawn]
+        params = [rows[at].params for at in drawn]
+        if drawn and logits.device.type != "cpu":
+            ids = self._drawn_there(logits, ids, drawn, params, chances)
+        elif drawn:
+            known = fine.tolist()
+            for at, param, chance in zip(drawn, params, chances, strict=True):
+                if known[at]:
+                    ids[at] = draw(logits[at], param, chance)
+        return ids.masked_fill(~fine, NO_TOKEN)
+
+    def _drawn_there(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        drawn: Sequence[int],
+        params: Sequence[SamplingParams],
+        chances: Sequence[float],
+    ) -> Tensor:
+        """The ids with those of some rows drawn; the host sends two small tensors, and goes on."""
+        at = self._ferry.to_device(torch.tensor(drawn))
+        settings = self._ferry.to_device(table_of(params, chances))
+        return ids.index_copy(0, at, draw_together(logits[at], settings))
 
     def _row(self, sequence: int) -> _Live:
         if sequence not in self._live:
@@ -147,3 +171,32 @@ def _pass(weights: Tensor, chance: float) -> Tensor:
     # Strictly below the total, or rounding could pass every weight that is not zero.
     target = torch.minimum(sums[-1] * chance, torch.nextafter(sums[-1], torch.zeros_like(sums[-1])))
     return torch.searchsorted(sums, target, right=True)
+
+
+def table_of(params: Sequence[SamplingParams], chances: Sequence[float]) -> Tensor:
+    """What `draw_together` must know of each row: [n, 4], float64, on the host."""
+    rows = [(p.temperature, p.top_p, p.top_k, c) for p, c in zip(params, chances, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def draw_together(logits: Tensor, settings: Tensor) -> Tensor:
+    """What `draw` answers for each row of [n, vocab], for a device that must not be waited for.
+
+    Every row is sorted whole, which a processor could not afford. `settings` is from `table_of`.
+    """
+    temperature, top_p, top_k, chance = settings.unsqueeze(-1).unbind(1)
+    values, by_rank = logits.sort(dim=-1, descending=True, stable=True)
+    vocab = logits.shape[-1]
+    by_id = torch.arange(vocab, device=logits.device)
+    order = torch.where((top_k == 0) & (top_p == 1), by_id, by_rank)
+    ranked = logits.gather(-1, order)
+    weights = ((ranked.double() - values[:, :1].double()) / temperature).exp()
+    kept = torch.where(top_k == 0, vocab, top_k).clamp(max=vocab).long()
+    weights = weights * (ranked >= values.gather(-1, kept - 1))
+    before = weights.cumsum(-1) - weights
+    weights = weights * ((before < weights.sum(-1, keepdim=True) * top_p) | (top_p == 1))
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    target = torch.minimum(total * chance, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(sums, target, right=True).clamp(max=vocab - 1)  # were it a NaN
+    return order.gather(-1, place).squeeze(-1)

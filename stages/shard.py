@@ -1,9 +1,7 @@
 """A range of a model's layers, loaded and ready to compute steps; sockets are unknown here."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from planner.schedule import Span, Step
+from planner.schedule import Step
 from planner.windows import Window
 from stages.architecture import (
     Model,
@@ -23,12 +21,14 @@ from stages.architecture import (
     set_apart,
     whole_model,
 )
-from stages.attention import ROUND_TOKENS, Probe, Seat, StepAttention, rounded
+from stages.attention import Probe, Seat, StepAttention
 from stages.checkpoint import Checkpoint, Weights, fill, pages_apart, wanted_by
 from stages.config import WeightKind
 from stages.errors import NumericError, ProtocolError, UnsupportedModelError
+from stages.ferry import Ferry
 from stages.kv_cache import KvCache, LayerKv
 from stages.quantize import quantize, quantized_shape, require_quantizable
+from stages.step_index import ROUND_TOKENS, StepIndex
 from stages.streaming import LayerStream, give_back_memory, spread
 
 COMPUTE_DTYPES = {
@@ -91,6 +91,7 @@ class Shard:
         self._body = body_of(model)
         self._seat = seat
         self.facts = facts
+        self.ferry = Ferry(facts.device)
 
     @classmethod
     def load(cls, spec: ShardSpec) -> "Shard":
@@ -133,52 +134,47 @@ class Shard:
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Hidden states [T, hidden] of token ids [T]; of the first stage only."""
+        """Hidden states [T, hidden] of token ids [T] that are the host's; of the first stage only."""
         assert self.is_first, "only the first stage holds the embedding"
-        if bool(((token_ids < 0) | (token_ids >= self.facts.vocab)).any()):
+        ids = token_ids.numpy()
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.facts.vocab:
             raise ProtocolError(f"a token id is not below the vocabulary's {self.facts.vocab}")
-        embedded: Tensor = self.model.get_input_embeddings()(token_ids.to(self.facts.device)[None])
+        there = self.ferry.to_device(token_ids)[None]
+        embedded: Tensor = self.model.get_input_embeddings()(there)
         return embedded[0]
 
     @torch.inference_mode()
     def forward(self, step: Step, hidden: Tensor, kv: KvCache) -> Tensor:
         """The step's spans through these layers; the cache must have applied the step.
 
-        `hidden` is [T, hidden], the spans' positions concatenated. The last stage answers logits
-        [samples, vocab], a row for each span that samples, in their order; others [T, hidden].
-        Raises ProtocolError for hidden states that do not fit the step, NumericError, with the
-        layers and the sequence, for a NaN or an infinity.
+        `hidden` is [T, hidden], the spans' positions concatenated, on the device. The last stage
+        answers logits [samples, vocab], a row for each span that samples, in their order; others
+        [T, hidden]. Nothing here waits for the device; what it answers may hold a NaN: see
+        `require_finite`. Raises ProtocolError for hidden states that do not fit the step.
         """
         self._require_fit(step, hidden)
-        padding = rounded(step.tokens) - step.tokens
-        states = F.pad(hidden.to(self.facts.device, self.facts.dtype), (0, 0, 0, padding))[None]
-        positions = F.pad(_positions(step.spans), (0, padding)).to(self.facts.device)[None]
-        with self._seat.taken_by(StepAttention(step, kv, self.facts.dtype)):
-            if self.is_last:
-                return self._logits(step, states, positions)
-            answer = self._layers(states, positions)[: step.tokens]
-        self._require_finite(answer, step, [span.tokens for span in step.spans])
-        return answer
+        index = StepIndex.of(step, kv, self.ferry)
+        padding = len(index.positions) - step.tokens
+        states = F.pad(hidden.to(self.facts.dtype), (0, 0, 0, padding))[None]
+        with self._seat.taken_by(StepAttention(step, kv, index.write_at, self.facts.dtype)):
+            if not self.is_last:
+                return self._layers(states, index.positions)[: step.tokens]
+            if not len(index.sampled):
+                self._layers(states, index.positions)
+                return states.new_empty(0, self.facts.vocab)
+            answer = self.model(
+                inputs_embeds=states,
+                position_ids=index.positions[None],
+                use_cache=False,
+                logits_to_keep=index.sampled,
+            )
+            logits: Tensor = answer.logits[0]
+            return logits[: sum(span.samples for span in step.spans)]
 
     def _layers(self, states: Tensor, positions: Tensor) -> Tensor:
-        answer = self._body(inputs_embeds=states, position_ids=positions, use_cache=False)
+        answer = self._body(inputs_embeds=states, position_ids=positions[None], use_cache=False)
         hidden: Tensor = answer.last_hidden_state
         return hidden[0]
-
-    def _logits(self, step: Step, states: Tensor, positions: Tensor) -> Tensor:
-        ends = accumulate(span.tokens for span in step.spans)
-        places = [end - 1 for end, span in zip(ends, step.spans, strict=True) if span.samples]
-        if not places:
-            self._layers(states, positions)
-            return states.new_empty(0, self.facts.vocab)
-        padding = rounded(len(places)) - len(places)
-        kept = torch.tensor(places + [0] * padding, device=self.facts.device)
-        answer = self.model(
-            inputs_embeds=states, position_ids=positions, use_cache=False, logits_to_keep=kept
-        )
-        logits: Tensor = answer.logits[0, : len(places)]
-        self._require_finite(logits, step, [int(span.samples) for span in step.spans])
-        return logits
 
     def _require_fit(self, step: Step, hidden: Tensor) -> None:
         if not step.spans or hidden.shape != (step.tokens, self.facts.hidden):
@@ -187,24 +183,21 @@ class Shard:
                 f"positions of {self.facts.hidden}"
             )
 
-    def _require_finite(self, answer: Tensor, step: Step, rows: list[int]) -> None:
-        """NumericError unless all is finite; `rows` says how many of its rows each span has."""
-        low, high = answer.aminmax()
-        if math.isfinite(low) and math.isfinite(high):
+    def require_finite(self, step: Step, are_finite: Sequence[bool]) -> None:
+        """NumericError, with the layers and the sequences, for answers that are not finite.
+
+        `are_finite` has an entry for each row of what `forward` answered.
+        """
+        if all(are_finite):
             return
-        owners = (span.sequence for span, n in zip(step.spans, rows, strict=True) for _ in range(n))
-        bad = (~answer.isfinite()).any(-1).tolist()
-        named = sorted({owner for owner, is_bad in zip(owners, bad, strict=True) if is_bad})
+        each = [int(span.samples) if self.is_last else span.tokens for span in step.spans]
+        owners = (span.sequence for span, n in zip(step.spans, each, strict=True) for _ in range(n))
+        named = sorted({owner for owner, fine in zip(owners, are_finite, strict=True) if not fine})
         raise NumericError(
             f"layers {self.facts.first_layer}-{self.facts.end_layer} made a NaN or an infinity in "
             f"{self.facts.dtype}, frame {step.frame}, for sequence {', '.join(map(str, named))}",
             tuple(named),
         )
-
-
-def _positions(spans: Sequence[Span]) -> Tensor:
-    """Every position that the spans compute, concatenated, int64."""
-    return torch.tensor([p for span in spans for p in range(span.start, span.start + span.tokens)])
 
 
 def _dtype(name: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

@@ -14,7 +14,16 @@ from transformers import (
 )
 
 from stages.errors import ProtocolError
-from stages.sampling import Sampler, SamplingParams, draw, uniform
+from stages.ferry import Ferry
+from stages.sampling import (
+    NO_TOKEN,
+    Sampler,
+    SamplingParams,
+    draw,
+    draw_together,
+    table_of,
+    uniform,
+)
 
 torch.set_num_threads(1)  # cores are shared with the stages of other tests
 
@@ -72,9 +81,9 @@ def test_every_quantile_is_the_one_that_transformers_warpers_give(params: Sampli
 @pytest.mark.parametrize("params", [CUTS[0], CUTS[4], CUTS[8]], ids=str)
 def test_frequencies_over_rows_pass_a_chi_square_test(params: SamplingParams) -> None:
     logits, draws = row(8), 4000
-    sampler = Sampler()
+    sampler = Sampler(Ferry(torch.device("cpu")))
     sampler.admit(0, params, key=77, seed=123)
-    ids = [sampler.sample(logits[None], [0], [position])[0] for position in range(draws)]
+    ids = [int(sampler.sample(logits[None], [0], [position])) for position in range(draws)]
     wanted = expected(logits, params) * draws
     seen = torch.bincount(torch.tensor(ids), minlength=VOCAB)
     assert not seen[wanted == 0].any()
@@ -99,31 +108,31 @@ def test_uniform_numbers_are_uniform_in_each_counter() -> None:
 
 def test_a_row_draws_the_same_token_in_any_company() -> None:
     rows = torch.stack([row(seed) for seed in range(40)])
-    sampler = Sampler()
+    sampler = Sampler(Ferry(torch.device("cpu")))
     for i in range(40):
         sampler.admit(i, CUTS[i % len(CUTS)], key=i * i, seed=9)
-    alone = [sampler.sample(rows[i : i + 1], [i], [i + 3])[0] for i in range(40)]
+    alone = [int(sampler.sample(rows[i : i + 1], [i], [i + 3])) for i in range(40)]
     order = list(range(39, -1, -3))
-    together = sampler.sample(rows[order], order, [i + 3 for i in order])
+    together = sampler.sample(rows[order], order, [i + 3 for i in order]).tolist()
     assert together == [alone[i] for i in order]
 
 
 def test_seed_key_and_position_each_change_the_draw() -> None:
     logits = torch.zeros(1, 10**6)
-    sampler = Sampler()
+    sampler = Sampler(Ferry(torch.device("cpu")))
     drawn = set()
     for seed, key, position in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]:
         sampler.admit(0, SamplingParams(temperature=1.0), key, seed)
-        drawn.add(sampler.sample(logits, [0], [position])[0])
+        drawn.add(int(sampler.sample(logits, [0], [position])))
     assert len(drawn) == 4
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, -1.0], [2.0, 2.0, 2.0, 2.0]])
-    sampler = Sampler()
+    sampler = Sampler(Ferry(torch.device("cpu")))
     sampler.admit(4, SamplingParams(), key=0, seed=0)
     sampler.admit(5, SamplingParams(top_k=2, top_p=0.5), key=0, seed=0)
-    assert sampler.sample(logits, [4, 5], [0, 0]) == [1, 0]
+    assert sampler.sample(logits, [4, 5], [0, 0]).tolist() == [1, 0]
 
 
 def test_equals_at_the_top_k_edge_are_all_kept_as_in_transformers() -> None:
@@ -140,8 +149,28 @@ def test_a_token_of_no_probability_is_never_drawn(chance: float) -> None:
         assert draw(logits, params, chance) in (1, 3)
 
 
+def test_a_device_that_is_not_waited_for_draws_the_same_tokens() -> None:
+    logits = torch.stack([row(seed) for seed in range(len(CUTS))])
+    logits[:, 17] = logits[:, 400] = logits.sort(-1).values[:, -3]  # equals near the top
+    for place in range(40):
+        chances = [uniform(3, i, place) for i in range(len(CUTS))]
+        alone = [draw(*each) for each in zip(logits, CUTS, chances, strict=True)]
+        assert draw_together(logits, table_of(CUTS, chances)).tolist() == alone
+
+
+def test_logits_that_are_no_numbers_give_no_token() -> None:
+    sampler = Sampler(Ferry(torch.device("cpu")))
+    for i in range(4):
+        sampler.admit(i, SamplingParams(temperature=float(i % 2)), key=0, seed=0)
+    logits = torch.zeros(4, 9)
+    logits[0, 3], logits[1, 4], logits[2, 0] = torch.nan, torch.nan, torch.inf
+    ids = sampler.sample(logits, range(4), [0] * 4).tolist()
+    assert ids[:3] == [NO_TOKEN] * 3
+    assert ids[3] >= 0
+
+
 def test_a_sequence_that_was_not_admitted_or_has_ended_cannot_sample() -> None:
-    sampler = Sampler()
+    sampler = Sampler(Ferry(torch.device("cpu")))
     sampler.admit(1, SamplingParams(), key=0, seed=0)
     sampler.drop([1, 2])
     with pytest.raises(ProtocolError, match="sequence 1"):
