@@ -26,8 +26,9 @@ from benchmarks.record import Claim, record
 from planner.cost import STEP_TOKENS, WORKSPACE_COPIES
 from planner.schedule import Grant, Span, Step
 from stages.kv_cache import KvCache
-from stages.layer_store import bytes_per_s, scratch_folder
+from stages.layer_store import bytes_per_s
 from stages.probe import own_bytes
+from stages.scratch_file import scratch_folder
 from stages.selfcheck import check
 from stages.shard import Shard, ShardSpec
 

@@ -256,6 +256,7 @@ class Fleet:
                 threads=settings.threads,
                 device=settings.device,
                 streamed_layers=station.plan.weights_offloaded,
+                parked_kv=station.plan.kv_offloaded,
             ),
             ring=settings.ring,
             codec=station.codec,

@@ -46,10 +46,10 @@ class Compute(Protocol):
 class StageCompute:
     """A shard with its KV cache and, on the last stage, its sampler; owned by one thread."""
 
-    def __init__(self, shard: Shard, ring: RingShape, epoch: int) -> None:
+    def __init__(self, shard: Shard, ring: RingShape, epoch: int, parked_kv: float = 0.0) -> None:
         self.shard = shard
         with memory_for(f"the keys and values of {ring.blocks * ring.block_tokens} tokens"):
-            self._cache = shard.new_cache(ring.blocks, ring.block_tokens, ring.window)
+            self.cache = shard.new_cache(ring.blocks, ring.block_tokens, ring.window, parked_kv)
         self._sampler = Sampler(shard.ferry)
         self._halving = Halving()
         self._epoch = epoch
@@ -70,7 +70,7 @@ class StageCompute:
                     weights=model.weights,
                 )
             )
-        return cls(shard, spec.ring.shape(), spec.epoch)
+        return cls(shard, spec.ring.shape(), spec.epoch, model.parked_kv)
 
     def begin(self, step: Step, ids: Tensor, admits: tuple[Admit, ...]) -> StepFrame | SampleFrame:
         """The head's part: embed token ids [step.tokens], then the layers."""
@@ -84,7 +84,7 @@ class StageCompute:
         self, step: Step, hidden: Tensor, admits: tuple[Admit, ...]
     ) -> StepFrame | SampleFrame:
         """Nothing waits for the device before `_arrived`."""
-        self._cache.apply(step)
+        self.cache.apply(step)
         if self.shard.is_last:
             self._take_in(step, admits)
             tokens = self._arrived(self._halving.run(step, hidden, self._sampled)).tolist()
@@ -99,7 +99,7 @@ class StageCompute:
         return self.shard.ferry.to_host(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _layers(self, step: Step, hidden: Tensor) -> Tensor:
-        return self.shard.forward(step, hidden, self._cache)
+        return self.shard.forward(step, hidden, self.cache)
 
     def _sampled(self, step: Step, hidden: Tensor) -> Tensor:
         logits = self._layers(step, hidden)

@@ -70,6 +70,8 @@ class ModelSpec(_Strict):
     device: Device = "cpu"
     streamed_layers: int = Field(default=0, ge=0)
     """How many of the layers stream through two buffers in place of staying in memory."""
+    parked_kv: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the ring's KV blocks for which there is no room where the layers are computed."""
 
     @model_validator(mode="after")
     def _streams_what_it_has(self) -> Self:

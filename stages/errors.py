@@ -15,7 +15,8 @@ StageError
   StepError                the step fails, and the rows that it names say so; the stage goes on
     NumericError           a NaN or infinity in an activation
     OutOfMemoryError       a row that does not fit into memory, not even alone
-  StreamError              never retried here: a layer that streams cannot be kept or read back
+      KvRoomError          its keys and values do not, where a part of all of them is parked
+  StreamError              never retried here: what leaves memory cannot be kept or read back
   PromptError              a row's own fault: it becomes that row's error
 """
 
@@ -67,7 +68,7 @@ class MissingPackageError(ModelError):
 
 
 class StreamError(StageError):
-    """A layer that streams cannot be kept where it streams from, or not be read back from there."""
+    """What leaves memory, layers or keys and values, cannot be kept elsewhere, or not be read back."""
 
 
 class StepError(StageError):
@@ -90,6 +91,10 @@ class OutOfMemoryError(StepError):
     """No memory, for one row's part of a step or for what a stage holds for all of them."""
 
     kind = "out_of_memory"
+
+
+class KvRoomError(OutOfMemoryError):
+    """Keys and values that a part of a step sees do not fit at once: it says nothing of the next."""
 
 
 class PromptError(StageError):

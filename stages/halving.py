@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planner.schedule import CHUNK_TOKENS, Span, Step
-from stages.errors import OutOfMemoryError
+from stages.errors import KvRoomError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,10 @@ class Halving:
         try:
             with memory_for(what, [span.sequence for span in part.spans]):
                 return compute(part, states)
+        except KvRoomError:
+            if is_last_try:
+                raise
+            return None
         except OutOfMemoryError:
             if is_last_try:
                 raise

@@ -6,6 +6,7 @@ The head decides which blocks a sequence owns; this only knows where they lie.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from planner.schedule import Grant, Span, Step
 from planner.windows import Window
 from stages.block_tables import BlockTables, Rows
 from stages.errors import ProtocolError
+from stages.parking import Parking
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,14 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
         window: Window | None = None,
+        parked: float = 0.0,
     ) -> None:
+        """
+        Empty pools; with `parked`, for that share of the blocks beside the device, windows aside.
+
+        Raises:
+            StreamError: there is no room to park in.
+        """
         self.blocks = blocks
         self.block_tokens = block_tokens
         self.device = device
@@ -58,11 +67,18 @@ class KvCache:
         self._whole = BlockTables(block_tokens)
         self._near = BlockTables(block_tokens)
         self._windowed = {kv.layer for kv in layers if _keeps(window, kv)}
-        self._pools = {kv.layer: self._pool(kv, dtype) for kv in layers}
+        frames = blocks - int(parked * blocks)
+        self._pools = {kv.layer: self._pool(kv, frames, dtype) for kv in layers}
+        pools = [self._pools[kv.layer] for kv in layers if not self.is_windowed(kv.layer)]
+        self.parking: Parking | None = None
+        if frames < blocks and pools:
+            self.parking = Parking(list(chain(*pools)), blocks, frames, block_tokens)
+        self._applied: tuple[int, ...] = ()
+        """Sequences of the step that was applied last, in the order of its spans."""
 
-    def _pool(self, kv: LayerKv, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _pool(self, kv: LayerKv, frames: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         windowed = self._window if self.is_windowed(kv.layer) else None
-        places = (windowed.blocks if windowed else self.blocks) * self.block_tokens
+        places = (windowed.blocks if windowed else frames) * self.block_tokens
         return (
             torch.zeros(1, kv.kv_heads, places, kv.key_dim, dtype=dtype, device=self.device),
             torch.zeros(1, kv.kv_heads, places, kv.value_dim, dtype=dtype, device=self.device),
@@ -75,8 +91,9 @@ class KvCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the pools may come to occupy."""
-        return sum(pool.nbytes for pair in self._pools.values() for pool in pair)
+        """Bytes of the device that the pools, and the way to what is parked, may come to occupy."""
+        staging_bytes = 0 if self.parking is None else self.parking.staging_bytes
+        return staging_bytes + sum(pool.nbytes for pair in self._pools.values() for pool in pair)
 
     @property
     def kinds(self) -> tuple[bool, ...]:
@@ -97,18 +114,37 @@ class KvCache:
         for sequence in step.ended:
             self._whole.drop(sequence)
             self._near.drop(sequence)
+            if self.parking is not None:
+                self.parking.residence.drop(sequence)
         starts = {span.sequence: span.start for span in step.spans}
         for grant in step.grants:
-            self._extend(grant, starts.get(grant.sequence, 0))
+            self._extend(grant, starts.get(grant.sequence, 0), step.slot)
+        self._applied = tuple(starts)
         for span in step.spans:
             self._whole.require(span, 0, step.frame)
             if self._window is not None:
                 self._slide(self._window, span, step.frame)
 
+    def bring(self, step: Step) -> None:
+        """Have what a step, or a part of one that was applied, sees on the device.
+
+        Raises KvRoomError if a part of it would have to be parked, StreamError if what was parked
+        cannot be moved.
+        """
+        if self.parking is None:
+            return
+        own = [span.sequence for span in step.spans]
+        later = self._applied[self._applied.index(own[-1]) + 1 :]
+        self.parking.bring(step.spans, later, step.slot)
+        for sequence in own:
+            self._whole.move(sequence, self.parking.residence.frames_of(sequence))
+
     def clear(self) -> None:
         """Drop every sequence: a new epoch begins."""
         self._whole.clear()
         self._near.clear()
+        if self.parking is not None:
+            self.parking.clear()
 
     def places(self, windowed: bool, spans: Sequence[Span]) -> NDArray[np.int64]:
         """Where the spans' positions lie in the pools of one kind of layers, concatenated."""
@@ -128,7 +164,7 @@ class KvCache:
         values.index_copy_(2, places, value)
         return keys, values
 
-    def _extend(self, grant: Grant, start: int) -> None:
+    def _extend(self, grant: Grant, start: int, slot: int) -> None:
         """Each kind's blocks to its tables; a windowed one begins with what its first span sees."""
         all_blocks = self.blocks + (self._window.blocks if self._window else 0)
         strangers = [block for block in grant.blocks if not 0 <= block < all_blocks]
@@ -140,6 +176,11 @@ class KvCache:
         near = [block - self.blocks for block in grant.blocks if block >= self.blocks]
         if whole:
             self._whole.extend(grant.sequence, whole)
+            if self.parking is not None:
+                # What a sequence starts with is shared; what it is granted later is empty.
+                self.parking.residence.extend(
+                    slot, grant.sequence, whole, start // self.block_tokens
+                )
         if near and self._window:
             self._near.extend(grant.sequence, near, self._window.kept_from(start))
 

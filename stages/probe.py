@@ -25,6 +25,7 @@ from stages.codec import decode, encode
 from stages.config import REFUSED, Device, DType, ProbeFacts, ProbeSpec
 from stages.errors import ModelError, StreamError
 from stages.quantize import prepare
+from stages.scratch_file import scratch_folder
 from stages.selfcheck import check
 from stages.shard import Shard, ShardSpec
 
@@ -194,7 +195,7 @@ def _disk(layer_bytes: int) -> tuple[float, str]:
     """Bytes per second at which layers stream from disk, or 0 and why none can."""
     layers = min(MOST_STREAMED, max(1, STREAMED_BYTES // layer_bytes))
     try:
-        return layer_store.bytes_per_s(layer_store.scratch_folder(), layer_bytes, layers), ""
+        return layer_store.bytes_per_s(scratch_folder(), layer_bytes, layers), ""
     except StreamError as error:
         return 0.0, str(error)
 

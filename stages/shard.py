@@ -127,10 +127,12 @@ class Shard:
         """Whether it turns hidden states into logits."""
         return self.facts.end_layer == self.facts.model_layers
 
-    def new_cache(self, blocks: int, block_tokens: int, window: Window | None = None) -> KvCache:
-        """An empty KV cache for this shard's layers."""
+    def new_cache(
+        self, blocks: int, block_tokens: int, window: Window | None = None, parked: float = 0.0
+    ) -> KvCache:
+        """An empty KV cache for this shard's layers; see KvCache."""
         facts = self.facts
-        return KvCache(facts.kv, blocks, block_tokens, facts.dtype, facts.device, window)
+        return KvCache(facts.kv, blocks, block_tokens, facts.dtype, facts.device, window, parked)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -150,9 +152,11 @@ class Shard:
         `hidden` is [T, hidden], the spans' positions concatenated, on the device. The last stage
         answers logits [samples, vocab], a row for each span that samples, in their order; others
         [T, hidden]. Nothing here waits for the device; what it answers may hold a NaN: see
-        `require_finite`. Raises ProtocolError for hidden states that do not fit the step.
+        `require_finite`. Raises ProtocolError for hidden states that do not fit the step, and what
+        KvCache.bring does.
         """
         self._require_fit(step, hidden)
+        kv.bring(step)
         index = StepIndex.of(step, kv, self.ferry)
         padding = len(index.positions) - step.tokens
         states = F.pad(hidden.to(self.facts.dtype), (0, 0, 0, padding))[None]

@@ -18,14 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from planner.cost import STREAM_BUFFERS
-from stages.layer_store import (
-    LayerFile,
-    LayerStore,
-    PinnedLayers,
-    page_aligned,
-    pages,
-    scratch_folder,
-)
+from stages.layer_store import LayerFile, LayerStore, PinnedLayers
+from stages.scratch_file import page_aligned, pages, scratch_folder
 
 WEIGHT_BYTES = 64
 """A weight's place in its layer is a multiple of this, as torch's own memory is: a product may take

@@ -17,7 +17,8 @@ from torch import Tensor
 from planner.plan import Pipeline, Plan, StagePlan
 from planner.schedule import Grant, Span, Step
 from stages.errors import StreamError
-from stages.layer_store import PAGE_BYTES, LayerFile, page_aligned, require_room
+from stages.layer_store import LayerFile
+from stages.scratch_file import PAGE_BYTES, page_aligned, require_room
 from stages.shard import Shard, ShardSpec
 from stages.streaming import spread
 from tests.jobs import greedy_ids
@@ -117,7 +118,9 @@ def test_a_file_that_was_cut_ends_the_step_and_says_so(llama: Path) -> None:
     shard = Shard.load(ShardSpec(llama, 0, 7, "float32", streamed_layers=4))
     for file in open_layer_files():
         os.truncate(file, PAGE_BYTES)
-    with pytest.raises(StreamError, match=r"ends \d+ bytes before layer \d does; something cut it"):
+    with pytest.raises(
+        StreamError, match=r"streamed layers ends \d+ bytes too soon; something cut it"
+    ):
         computed(shard, torch.randn(TOKENS, 64))
         computed(shard, torch.randn(TOKENS, 64))
 
@@ -125,7 +128,7 @@ def test_a_file_that_was_cut_ends_the_step_and_says_so(llama: Path) -> None:
 def open_layer_files() -> list[Path]:
     """Open files of this process from which layers stream; they have no other names."""
     files = Path("/proc/self/fd").iterdir()
-    return [file for file in files if "wagonway-layers-" in str(file.resolve())]
+    return [file for file in files if "wagonway-" in str(file.resolve())]
 
 
 def test_layers_come_back_as_they_were_kept(tmp_path: Path) -> None:
@@ -147,8 +150,8 @@ def test_a_folder_in_memory_is_refused() -> None:
 
 
 def test_a_folder_without_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StreamError, match=r"1e\+09 GB of layers are to stream from there, and"):
-        require_room(tmp_path, 10**18)
+    with pytest.raises(StreamError, match=r"1e\+09 GB of layers are to be kept there, and"):
+        require_room(tmp_path, 10**18, "layers")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
