@@ -25,7 +25,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv .venv
 	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt setuptools
-	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[stage,quantize,milp,dev]"
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[stage,quantize,dense,milp,dev]"
 	touch .venv/installed
 
 clean:

@@ -16,6 +16,7 @@ from stages.codec import FAST, RAW
 
 NEWEST_SHARE = 0.2  # of a running mean: five observations make the most of it
 TO_SWITCH = 1.05  # a level must promise this much more than the one in use
+TO_SHRINK = 1.02  # the same where both wait for the link alone: its noise is in both
 THE_SAME = 1.002  # what costs no more than this is taken for equal, and sends fewer bytes
 FIRST_PROBES = 2  # frames of each level before the first choice
 PROBE_EVERY = 64
@@ -47,8 +48,8 @@ class _SizeClass:
 class LevelChooser:
     """One link's choice; fed by the link's sending thread, which alone may touch it.
 
-    `levels` are those that the job allows. `overlapped` says whether coding and
-    sending run side by side. `compute_s_per_byte`: seconds of the stage's own work for a byte of
+    `levels` are those that the job allows and both ends are ready for. `overlapped` says whether coding
+    and sending run side by side. `compute_s_per_byte`: seconds of the stage's own work for a byte of
     activation, where that work and the codec share a CPU; 0 where they do not. The receiver says the
     same of itself.
     """
@@ -62,6 +63,13 @@ class LevelChooser:
     link_s_per_byte: float = 0.0
     """Running mean of `delivered`; 0 until the first."""
     _classes: dict[int, _SizeClass] = field(default_factory=dict)
+
+    def offer(self, level: str) -> None:
+        """One more level to choose among, from now on."""
+        if level not in self.levels:
+            self.levels += (level,)
+            for size in self._classes.values():
+                size.seen[level] = _Seen()
 
     def choose(self, raw_bytes: int) -> str:
         """The level for the next frame of that many bytes; counts the frame."""
@@ -111,6 +119,10 @@ class LevelChooser:
         steps = (encode_s, send_s, decode_s)
         return max(steps) if self.overlapped else sum(steps)
 
+    def _waits_for_link(self, seen: _Seen) -> bool:
+        """Whether nothing but the link decides how fast a level is."""
+        return self._s_per_byte(seen) == seen.frame_bytes_per_byte * self.link_s_per_byte
+
     def _due(self, size: _SizeClass) -> str | None:
         """A level of which too little is known, or that was not tried for long enough."""
         usual_s = self._s_per_byte(size.seen[size.level])
@@ -127,7 +139,9 @@ class LevelChooser:
             return size.level
         cost_s = {level: self._s_per_byte(seen) for level, seen in size.seen.items()}
         best = min(cost_s, key=cost_s.__getitem__)
-        if TO_SWITCH * cost_s[best] < cost_s[size.level]:
+        both = (size.seen[best], size.seen[size.level])
+        enough = TO_SHRINK if all(map(self._waits_for_link, both)) else TO_SWITCH
+        if enough * cost_s[best] < cost_s[size.level]:
             size.level = best
         if THE_SAME * cost_s.get(RAW, math.inf) <= cost_s[size.level]:
             size.level = RAW

@@ -27,8 +27,11 @@ Part = bytes | memoryview
 
 CONSTANT, PLAIN, CODED = 0, 1, 2
 """How a plane is stored: one byte for all, as it is, or a zstd frame."""
-HUFFMAN, IF_SKEWED, REPEATS, NONE = "huffman", "if skewed", "repeats", "none"
-"""What to try on a plane: the Huffman coder, the same if a sample is worth it, matches, nothing."""
+HUFFMAN, IF_SKEWED, REPEATS, NONE, DONE = "huffman", "if skewed", "repeats", "none", "done"
+"""What to try on a plane: the Huffman coder, the same if a sample is worth it, matches, nothing.
+
+DONE is a plane that comes coded already, and stays so: it is stored as it is, always.
+"""
 
 SAMPLE_BYTES = 2048
 EVEN_VALUES = 180  # as random as this many equally likely bytes: coding costs more than it saves
@@ -54,6 +57,8 @@ _contexts = _Contexts()
 def pack(plane: Bytes, coder: str) -> tuple[int, Part]:
     """How to store a plane, and the bytes to store; `coder` says what to try."""
     data = plane.data
+    if coder == DONE:
+        return PLAIN, data
     if _is_constant(plane, data):
         return CONSTANT, bytes(data[:1])
     if coder == NONE or (coder == IF_SKEWED and not _is_skewed(plane)):

@@ -100,6 +100,8 @@ class Hello(_Message):
     purpose: Literal["data", "control"]
     room_bytes: Count = ROOM_BYTES
     """Credit: the peer may send once fewer bytes than these are unacknowledged."""
+    dense: bool = False
+    """Whether it can come to decode frames of the codec's dense level."""
     stream: Word = 0
     """Random, alike for all connections that carry one stream of bytes."""
     stripe: int = Field(default=0, ge=0, lt=MAX_STRIPES)

@@ -107,7 +107,8 @@ class Inbox:
             frame = source.receive()
             self._decoder.came()
             if frame.label.kind is Kind.PROFILE:
-                source.send(self._decoder.learned(frame).encode(source.run))
+                self._decoder.learn(frame)
+                self._answer_profiles()
                 continue
             if frame.label.frame > self.last_frame:
                 self._mailbox.put(Arrival(source, self._decoder.opened(frame)))
@@ -116,6 +117,12 @@ class Inbox:
                 source.counters.duplicates_dropped += 1
             word = self._decoder.acknowledgement(frame.label.epoch, self.last_frame)
             source.send(word.encode(source.run))
+            self._answer_profiles()
+
+    def _answer_profiles(self) -> None:
+        """Tell the sender which profiles are held; of a dense one, when this end can decode with it."""
+        while (word := self._decoder.word()) is not None:
+            self._connection.send(word.encode(self._connection.run))
 
     def _replace(self, error: StageError) -> None:
         """Go on with the connection that replaces a broken one; raises where none comes."""

@@ -1,28 +1,35 @@
 """The codec of one link: what its sending thread codes with, and its receiving thread decodes with.
 
 Neither touches a socket. The encoder chooses each frame's level by what the link was seen to do,
-learns the boundary's profile from the first rows that it codes, announces it once for a connection,
-and codes with it once the peer has said that it holds it. The decoder holds the profile that its
-connection brought, and forgets it with the connection.
+learns the boundary's profiles from the first rows that it codes, announces each once for a connection,
+and codes with it once the peer has said that it holds it: one for the level fast, and, where both ends
+have compiled code, one without which there is no level dense. The decoder holds the profiles that its
+connection brought, and forgets them with the connection.
 """
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
-from stages.codec import FAST, LEVELS, RAW, decode, encode
+from stages import codec_compiled
+from stages.codec import DENSE, FAST, LEVELS, RAW, AnyProfile, decode, encode
 from stages.codec_choice import LevelChooser
+from stages.codec_dense_profile import DenseProfile
 from stages.codec_profile import LEARNING_ROWS, Profile
 from stages.control import LinkReport
 from stages.cpu_share import CpuShare
 from stages.errors import FrameError
 from stages.frame import Frame, Kind, Packet
+from stages.link_dense import Lesson
 from stages.link_meter import LinkMeter, TcpState
 from stages.wire import Ack, ProfileFrame, ProfileHeld, StepFrame
 
-LOSSLESS: Final = (RAW, FAST)
+LOSSLESS: Final = (RAW, FAST, DENSE)
+"""Among these a link chooses; dense is on offer once both ends are ready for it."""
+DENSE_PAYS_BYTES_PER_S: Final = 100e6  # a link as fast as this waits for what codes densely
 MAX_CHANNELS: Final = 2**17  # of a profile that a peer announces
 
 
@@ -38,6 +45,22 @@ class _Sent:
     """Of coding."""
     thread_s: float
     """The sending thread's processor time when it was coded."""
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A profile on its way to be shared with the other end."""
+
+    profile: AnyProfile | None = None
+    announced: bool = False
+    """On this connection."""
+    held: bool = False
+    """By the other end, as it said on this connection."""
+    relied_on: bool = False
+    """Frames that wait to be sent again may need it."""
+
+    def reconnected(self) -> None:
+        self.announced = self.held = False
 
 
 class LinkEncoder:
@@ -61,7 +84,8 @@ class LinkEncoder:
         self.coded_bytes = 0
         """Of all of them, after."""
         self._run = run
-        self._chooser = LevelChooser(levels, start=start if start in levels else levels[0])
+        offered = tuple(level for level in levels if level != DENSE)
+        self._chooser = LevelChooser(offered, start=start if start in offered else offered[0])
         self._cpu = cpu or CpuShare()
         self._clock = clock
         self._sent: dict[int, _Sent] = {}
@@ -69,10 +93,10 @@ class LinkEncoder:
         self._rows: list[StepFrame] = []
         """What the profile is to be learned from."""
         self._epoch = 0
-        self._profile: Profile | None = None
         self._learning = True
-        self._announced = False
-        self._held = False
+        self._lesson = Lesson() if DENSE in levels and codec_compiled.installed() else None
+        self._peer_is_dense = False
+        self._fast, self._dense = _Shared(relied_on=True), _Shared()
 
     @property
     def bytes_per_s(self) -> float:
@@ -82,8 +106,9 @@ class LinkEncoder:
 
     @property
     def waiting_for_word(self) -> bool:
-        """Whether the profile was announced on this connection, and not acknowledged yet."""
-        return self._announced and not self._held
+        """Whether a profile that frames rely on was announced here, and not acknowledged yet."""
+        shared = (self._fast, self._dense)
+        return any(each.relied_on and each.announced and not each.held for each in shared)
 
     def report(self, carried: LinkReport) -> LinkReport:
         """What the link was seen to do, beside what its connections have carried."""
@@ -100,17 +125,22 @@ class LinkEncoder:
         }
         return carried.model_copy(update=seen)
 
-    def reconnected(self) -> None:
-        """A new connection: its other end holds no profile."""
-        self._announced = self._held = False
+    def reconnected(self, peer_is_dense: bool = False) -> None:
+        """A new connection: its other end holds no profile, and can decode dense frames or cannot."""
+        self._fast.reconnected()
+        self._dense.reconnected()
+        self._peer_is_dense = peer_is_dense
         self.meter.reconnected()
 
     def announcement(self) -> Packet | None:
-        """The profile's frame, to be sent once for this connection as soon as there is a profile."""
-        if self._profile is None or self._announced:
-            return None
-        self._announced = True
-        return ProfileFrame(self._epoch, self._profile.tobytes()).encode(self._run)
+        """A profile's frame, to be sent once for this connection as soon as there is the profile."""
+        if self._lesson is not None:
+            self._dense.profile = self._lesson.profile
+        for shared in (self._fast, self._dense):
+            if shared.profile is not None and not shared.announced:
+                shared.announced = True
+                return ProfileFrame(self._epoch, shared.profile.tobytes()).encode(self._run)
+        return None
 
     def packet(self, message: Packet | StepFrame) -> Packet:
         """The message as a packet: an activation is coded here, all else is one already."""
@@ -122,7 +152,7 @@ class LinkEncoder:
         self.activation_bytes[LEVELS[coded.codec]] += raw_bytes
         self.coded_bytes += coded.payload.nbytes
         self._chooser.compute_s_per_byte = self._cpu.s_per_byte(raw_bytes)
-        if LEVELS[coded.codec] == FAST and self._learning:
+        if LEVELS[coded.codec] == FAST:
             self._learn(message)
         return coded.encode(self._run)
 
@@ -133,7 +163,7 @@ class LinkEncoder:
     def heard(self, word: Ack | ProfileHeld, tcp: TcpState) -> None:
         """Learn from what the peer says of the frames it got."""
         if isinstance(word, ProfileHeld):
-            self._held = self._profile is not None and word.profile_id == self._profile.id
+            self._note_held(word.profile_id)
             return
         seen = self.meter.acknowledged(word.frame, word.held_us / 1e6, self._clock(), tcp)
         if seen is not None:
@@ -165,26 +195,40 @@ class LinkEncoder:
 
     def _shrunk(self, step: StepFrame, level: str) -> StepFrame:
         """The frame coded, or as it is where that makes it no smaller."""
-        profile = self._profile if self._held else None
+        shared = self._dense if level == DENSE else self._fast
+        profile = shared.profile if shared.held else None
         coded = encode(step.payload, *_described(step), level, profile)
         if coded.level == RAW:
             return step
         payload = memoryview(coded.tobytes())
         return replace(step, payload=payload, codec=LEVELS.index(coded.level))
 
+    def _note_held(self, profile_id: int) -> None:
+        for shared in (self._fast, self._dense):
+            if shared.profile is not None and shared.profile.id == profile_id:
+                shared.held = shared.relied_on = True
+        if self._dense.held:
+            self._chooser.offer(DENSE)
+
     def _learn(self, step: StepFrame) -> None:
-        """Collect rows until they are enough for a profile, then make it."""
-        self._rows.append(step)
-        rows = sum(each.step.tokens for each in self._rows)
-        if rows < LEARNING_ROWS:
-            return
+        """Collect rows until they are enough for each profile."""
+        dtype, (rows, channels) = _described(step)
+        slow = 0 < self.bytes_per_s < DENSE_PAYS_BYTES_PER_S
+        if self._lesson is not None and self._peer_is_dense and slow:
+            self._lesson.add(step.payload, dtype, rows, channels)
+        if self._learning:
+            self._rows.append(step)
+            rows = sum(each.step.tokens for each in self._rows)
+            if rows >= LEARNING_ROWS:
+                self._make_profile(dtype, (rows, channels))
+            self._epoch = step.epoch
+
+    def _make_profile(self, dtype: str, shape: tuple[int, int]) -> None:
         self._learning = False
-        self._epoch = step.epoch
-        dtype, (_, channels) = _described(step)
         buffer = b"".join(each.payload for each in self._rows)
         self._rows.clear()
         with contextlib.suppress(ValueError):  # zeros among the numbers: there is nothing to learn
-            self._profile = Profile.learned(buffer, dtype, (rows, channels))
+            self._fast.profile = Profile.learned(buffer, dtype, shape)
 
 
 class LinkDecoder:
@@ -203,7 +247,10 @@ class LinkDecoder:
         self._levels = frozenset(levels)
         self._cpu = cpu or CpuShare()
         self._clock = clock
-        self._profiles: dict[int, Profile] = {}
+        self._profiles: dict[int, AnyProfile] = {}
+        self._unready: tuple[int, DenseProfile] | None = None
+        """An epoch, and a profile that came before the compiled code that it takes."""
+        self._words: deque[ProfileHeld] = deque()
         self._came_s = 0.0
         self._decode_s = 0.0
         self._work_s = 0.0
@@ -211,20 +258,40 @@ class LinkDecoder:
         """The receiving thread's processor time when it last acknowledged a frame."""
 
     def reconnected(self) -> None:
-        """A new connection brings its own profile."""
+        """A new connection brings its own profiles."""
         self._profiles.clear()
+        self._unready = None
+        self._words.clear()
 
     def came(self) -> None:
         """A frame's last byte has arrived."""
         self._came_s = self._clock()
         self._decode_s = self._work_s = 0.0
 
-    def learned(self, frame: Frame) -> ProfileHeld:
-        """The answer to a profile, which from now on is held in place of any other."""
+    def learn(self, frame: Frame) -> None:
+        """Hold a profile from now on, in place of another of its kind; `word` answers."""
         announced = ProfileFrame.decode(frame)
-        profile = Profile.parsed(announced.profile, MAX_CHANNELS)
-        self._profiles = {profile.id: profile}
-        return ProfileHeld(announced.epoch, profile.id)
+        if DenseProfile.announced_in(announced.profile):
+            dense = DenseProfile.parsed(announced.profile, MAX_CHANNELS)
+            self._unready = announced.epoch, dense
+            codec_compiled.prepare()
+        else:
+            profile = Profile.parsed(announced.profile, MAX_CHANNELS)
+            self._hold(profile)
+            self._words.append(ProfileHeld(announced.epoch, profile.id))
+
+    def word(self) -> ProfileHeld | None:
+        """What to tell the sender of a profile that it may use from now on, if there is one."""
+        if self._unready is not None and codec_compiled.ready():
+            epoch, profile = self._unready
+            self._unready = None
+            self._hold(profile)
+            self._words.append(ProfileHeld(epoch, profile.id))
+        return self._words.popleft() if self._words else None
+
+    def _hold(self, profile: AnyProfile) -> None:
+        others = {i: each for i, each in self._profiles.items() if type(each) is not type(profile)}
+        self._profiles = others | {profile.id: profile}
 
     def opened(self, frame: Frame) -> Frame:
         """The frame with its activation as it was before coding; FrameError if it cannot be."""

@@ -152,15 +152,14 @@ class Outbox:
         return len(self._kept) < self._window and self._kept.nbytes < room_bytes
 
     def _introduce(self) -> None:
-        """Have a new connection's peer hold the profile before frames come that need it."""
-        self._encoder.reconnected()
+        """Have a new connection's peer hold the profiles before frames come that need them."""
+        self._encoder.reconnected(self._connection.hello.dense)
         self._announce()
         while self._encoder.waiting_for_word:
             self._take_word()
 
     def _announce(self) -> None:
-        profile = self._encoder.announcement()
-        if profile is not None:
+        while (profile := self._encoder.announcement()) is not None:
             self._connection.send(profile)
 
     def _take_words(self) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from stages import codec_compiled
 from stages.codec import INT8, LEVELS
 from stages.compute import Compute, StageCompute, Tachograph
 from stages.config import Address, StageSpec
@@ -117,6 +118,7 @@ class Worker:
             epoch=spec.epoch,
             incarnation=self._incarnation,
             purpose="control" if purpose == "control" else "data",
+            dense=codec_compiled.installed(),
             host=listening.host if listening else "",
             port=listening.port if listening else 0,
         )

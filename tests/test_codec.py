@@ -232,7 +232,7 @@ def test_wrong_use_is_named() -> None:
     for size, dtype, shape, level in (
         (10, "bfloat16", (6,), FAST),
         (10, "float64", (5,), FAST),
-        (10, "bfloat16", (5,), "dense"),
+        (10, "bfloat16", (5,), "denser"),
         (4, "bfloat16", (-1, -2), FAST),
         (2, "bfloat16", (1,) * 9, FAST),
     ):

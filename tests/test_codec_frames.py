@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from stages.codec import FAST, INT8, ITEM_BYTES, RAW, decode, encode
+from stages.codec import DENSE, FAST, INT8, ITEM_BYTES, RAW, decode, encode
+from stages.codec_compiled import installed
+from stages.codec_dense_profile import DenseProfile
 from stages.errors import FrameError
-from tests.coded import FLOATS, LIMIT, hidden_states
+from tests.coded import FLOATS, LIMIT, dense_profile, hidden_states, related_states
 
 MUTATED_FRAMES = 100_000
 
@@ -30,30 +32,44 @@ def good_frames() -> list[bytes]:
     for dtype in FLOATS:
         x = hidden_states(dtype, 24, 64)
         frames += [encode(x, dtype, x.shape, level).tobytes() for level in (RAW, FAST, INT8)]
+        if installed():
+            y = related_states(dtype, 24)
+            frames.append(encode(y, dtype, y.shape, DENSE, dense_profile(dtype)).tobytes())
     return [*frames, encode(b"abc " * 600, "opaque", (2400,), FAST).tobytes()]
 
 
-@pytest.mark.parametrize("number", range(10))
+def dense_profiles() -> dict[int, DenseProfile]:
+    """Those that the good frames take."""
+    profiles = [dense_profile(dtype) for dtype in FLOATS] if installed() else []
+    return {profile.id: profile for profile in profiles}
+
+
+NUMBERS = range(13 if installed() else 10)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_every_truncation_is_refused(number: int) -> None:
     frame = memoryview(good_frames()[number])
+    known = dense_profiles()
     for length in range(len(frame)):
         with pytest.raises(FrameError):
-            decode(frame[:length], max_bytes=LIMIT)
+            decode(frame[:length], max_bytes=LIMIT, profiles=known)
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_every_flipped_byte_is_refused(number: int) -> None:
     frame = bytearray(good_frames()[number])
+    known = dense_profiles()
     for at in range(len(frame)):
         frame[at] ^= 1 << at % 8
         with pytest.raises(FrameError):
-            decode(frame, max_bytes=LIMIT)
+            decode(frame, max_bytes=LIMIT, profiles=known)
         frame[at] ^= 1 << at % 8
 
 
 def test_lies_under_a_right_checksum_never_do_worse_than_a_frame_error() -> None:
     """Frames mutated and then sealed again, as no line noise but a broken sender makes them."""
-    frames = good_frames()
+    frames, known = good_frames(), dense_profiles()
     chance = random.Random(3)
     refused = 0
     for number in range(MUTATED_FRAMES):
@@ -64,7 +80,7 @@ def test_lies_under_a_right_checksum_never_do_worse_than_a_frame_error() -> None
         if number % 5 == 0:
             del mutated[chance.randrange(len(mutated)) :]
         try:
-            decoded = decode(sealed(mutated), max_bytes=LIMIT)
+            decoded = decode(sealed(mutated), max_bytes=LIMIT, profiles=known)
         except FrameError:
             refused += 1
         else:

@@ -48,6 +48,14 @@ def restored(decoder: LinkDecoder, packet: Packet) -> bytes:
     return bytes(decoder.opened(arrived(packet)).payload)
 
 
+def told(decoder: LinkDecoder, profile: Packet) -> ProfileHeld:
+    """What the decoder says once it holds a profile."""
+    decoder.learn(arrived(profile))
+    word = decoder.word()
+    assert word is not None and decoder.word() is None
+    return word
+
+
 def taught(encoder: LinkEncoder) -> Packet:
     """The profile's frame, once the encoder has coded enough rows."""
     for number in range(TO_LEARN):
@@ -64,7 +72,7 @@ def test_the_profile_is_used_only_while_the_connection_is_known_to_hold_it() -> 
     step = activation(99)
     original = bytes(step.payload)
 
-    held = knowing.learned(arrived(taught(encoder)))
+    held = told(knowing, taught(encoder))
     assert encoder.announcement() is None, "once is enough"
     before = encoder.packet(step)
     assert restored(ignorant, before) == original
@@ -80,7 +88,7 @@ def test_the_profile_is_used_only_while_the_connection_is_known_to_hold_it() -> 
     assert restored(knowing, encoder.packet(step)) == original
     again = encoder.announcement()
     assert again is not None and encoder.waiting_for_word
-    encoder.heard(knowing.learned(arrived(again)), TcpState())
+    encoder.heard(told(knowing, again), TcpState())
     assert not encoder.waiting_for_word
     assert restored(knowing, encoder.packet(step)) == original
 
