@@ -168,7 +168,8 @@ def test_dense_frames_survive_resets_on_a_live_link(
     reconnects = outbox.report().reconnects
     wait_for(lambda: take() and outbox.report().reconnects > reconnects, READY_S)
     over.set()
-    sending.join()
+    while sending.is_alive():
+        mailbox.get(0.05)
     outbox.abort()
     inbox.close()
     relay.close()
