@@ -99,17 +99,16 @@ def run(job: FarJob) -> Carried:
             job.folder,
             job.dtype,
             1,
-            job.ring,
             driver_host=wan.address(DRIVER),
             hosts=hosts,
         )
         answers: dict[int, Answer] = {}
-        with wan.inside(DRIVER, lambda: Fleet(plan, settings, start)) as fleet:
+        with wan.inside(DRIVER, lambda: Fleet(plan, [job.ring], settings, start)) as fleet:
             fleet.start()
             started_s, cpu_s = time.perf_counter(), _cpu_s(workers)
             fleet.lease(0, job.rows)
             while len(answers) < len(job.rows):
-                answers |= {answer.row: answer for answer in fleet.answers(timeout_s=60.0)}
+                answers |= {answer.row: answer for answer in fleet.news(timeout_s=60.0).answers}
             seconds, cpu_s = time.perf_counter() - started_s, _cpu_s(workers) - cpu_s
         vitals = fleet.vitals()
         by_pair = {

@@ -68,14 +68,14 @@ def timed_run(
     bounds = list(accumulate(split, initial=0))
     placed = tuple(StagePlan(f"stage-{i}", *ends) for i, ends in enumerate(pairwise(bounds)))
     plan = Plan((Pipeline(placed, (), 0, 0),), 0.0, 0.0, 0.0, 0.0, "")
-    settings = StageSettings("benchmark", model, "float32", threads, ring)
+    settings = StageSettings("benchmark", model, "float32", threads)
     answers: dict[int, Answer] = {}
-    with Fleet(plan, settings, start=stage.fn) as fleet:
+    with Fleet(plan, [ring], settings, start=stage.fn) as fleet:
         fleet.start()
         time.sleep(SETTLED_S)
         ready, started = fleet.vitals(), time.perf_counter()
         fleet.lease(0, rows)
         while len(answers) < len(rows):
-            answers |= {answer.row: answer for answer in fleet.answers(timeout_s=60.0)}
+            answers |= {answer.row: answer for answer in fleet.news(timeout_s=60.0).answers}
         seconds = time.perf_counter() - started
     return Timed(answers, seconds, fleet.vitals(), ready)

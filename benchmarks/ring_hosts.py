@@ -151,18 +151,17 @@ class Hosts:
             EXAMPLE,
             "float16",
             1,
-            _ring(lap),
             driver_host=self._wan.address(DRIVER),
             hosts=hosts,
         )
         rows = [greedy_row(i, [i % 4000 + 1], quota) for i, quota in enumerate(lap.quotas)]
         answers: dict[int, Answer] = {}
-        with self._wan.inside(DRIVER, lambda: Fleet(plan, settings, start)) as fleet:
+        with self._wan.inside(DRIVER, lambda: Fleet(plan, [_ring(lap)], settings, start)) as fleet:
             fleet.start()
             started_s = time.monotonic()
             fleet.lease(0, rows)
             while len(answers) < len(rows):
-                came = fleet.answers(timeout_s=ANSWER_TIMEOUT_S)
+                came = fleet.news(timeout_s=ANSWER_TIMEOUT_S).answers
                 assert came, f"no row ended in {ANSWER_TIMEOUT_S:.0f} s"
                 answers |= {answer.row: answer for answer in came}
             seconds = time.monotonic() - started_s

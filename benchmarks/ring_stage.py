@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.ring_arithmetic import HIDDEN, stage_s
-from planner.schedule import Step
+from planner.schedule import RingShape, Step
 from stages.config import StageSpec
 from stages.errors import StageError
 from stages.frame import Dtype
@@ -51,9 +51,14 @@ class TimedCompute:
     def __init__(self, order: Order, spec: StageSpec) -> None:
         layers = np.load(order.activations, mmap_mode="r")
         self._spec = spec
+        self.ring = spec.ring.shape()
         self._pace = order.pace
         self._rows = layers[spec.model.first_layer % len(layers)]
         self.steps: list[tuple[float, float, int]] = []
+
+    def settle(self, ring: RingShape) -> None:
+        """Sleep needs no memory."""
+        self.ring = ring
 
     def begin(self, step: Step, ids: Tensor, admits: tuple[Admit, ...]) -> StepFrame | SampleFrame:
         """The head's part, as long as any other's."""

@@ -101,15 +101,14 @@ def answer(run: Run, start: Start) -> None:
         run.model.folder,
         run.job.dtype,
         measured.threads,
-        ring,
         weights=run.job.weights,
         device=measured.device,
     )
-    fleet = Fleet(plan, settings)
+    fleet = Fleet(plan, [ring], settings)
     try:
         with fleet:
             start_stages(fleet)
-            process(run, fleet, ring)
+            process(run, fleet, fleet.rings[0])
     finally:
         run.worked(fleet)
 
@@ -184,7 +183,7 @@ def ended_rows(run: Run, fleet: Fleet, clerk: Clerk, ahead: int) -> Iterator[Res
             if leased:
                 fleet.lease(0, [lease.row for lease in leased])
         if leases:
-            for answer in fleet.answers(POLL_S):
+            for answer in fleet.news(POLL_S).answers:
                 first = leases.pop(answer.row)
                 for lease in (first, *twins.answered(first, answer)):
                     yield clerk.ended(lease, answer)

@@ -27,6 +27,7 @@ from stages.config import Address, Codec, Device, DType, ModelSpec, Ring, StageS
 from stages.control import (
     Answer,
     Answers,
+    Capacity,
     Heartbeat,
     Hello,
     LeasedRow,
@@ -34,6 +35,8 @@ from stages.control import (
     OpenSlots,
     Peer,
     Ready,
+    Recall,
+    Returned,
     Rows,
     StageFailed,
     Stop,
@@ -75,13 +78,26 @@ class StageSettings:
     model: Path
     dtype: DType
     threads: int
-    ring: Ring
     weights: WeightKind = "stored"
     device: Device = "cpu"
     driver_host: str = HOST
     """Where the driver listens."""
     hosts: Mapping[str, str] = field(default_factory=dict)
     """Where each stage does; those not named do on this machine's loopback."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What the head of a pipeline says of its rows; of nothing, nothing."""
+
+    pipeline: int
+    answers: tuple[Answer, ...] = ()
+    returned: tuple[int, ...] | None = None
+    """Rows that it gives back unbegun, if this is the answer to a recall."""
+
+
+QUIET = News(-1)
+"""No head said anything."""
 
 
 @dataclass(slots=True)
@@ -114,11 +130,14 @@ class Fleet:
     def __init__(
         self,
         plan: Plan,
+        rings: Sequence[Ring],
         settings: StageSettings,
         start: Callable[[str, str], object] = stage,
         reached_at: Callable[[str, Place], Place] = lambda _member, place: place,
     ) -> None:
         """
+        `rings` are those of the plan's pipelines, in its order.
+
         `start(member, spec_path)` lives as long as that stage does, in a thread of its own.
 
         `reached_at(member, place)` is where others dial to reach the place at which a member listens:
@@ -128,7 +147,9 @@ class Fleet:
         self._reached_at = reached_at
         self._start = start
         self._pipelines = [tuple(s.node for s in p.stages) for p in plan.pipelines]
-        self._pacers = [Pacer(stages, settings.ring) for stages in self._pipelines]
+        self.rings = list(rings)
+        """After `start`, with no more KV blocks than all stages of a pipeline can hold."""
+        self._pacers = [Pacer(*each) for each in zip(self._pipelines, rings, strict=True)]
         self._paced_s = 0.0
         self._scratch = Scratch("run")  # it holds keys
         folder = self._scratch.path
@@ -164,14 +185,25 @@ class Fleet:
                 target=copy_context().run, args=(self._supervise, station), daemon=True
             )
             station.flow.start()
-        peers = tuple(self._joined() for _ in self._stations)
-        for _ in self._stations:
-            message = self._next(None)
-            if not isinstance(message, Ready):
-                raise RunError(f"a stage said {message} before it was ready")
-        topology = Topology(epoch=EPOCH, peers=peers)
-        for station in self._stations.values():
-            self._send(station, topology)
+        peers = {peer.name: peer for peer in (self._joined() for _ in self._stations)}
+        held = dict(self._loaded() for _ in self._stations)
+        for number, stages in enumerate(self._pipelines):
+            least = _least([held[name] for name in stages])
+            self.rings[number] = _holding(self.rings[number], least)
+            topology = Topology(
+                epoch=EPOCH, peers=tuple(peers[name] for name in stages), capacity=least
+            )
+            for name in stages:
+                self._send(self._stations[name], topology)
+
+    def _loaded(self) -> tuple[str, Capacity]:
+        """The next stage that has its weights, and what it can hold beside them."""
+        said = self._next(None)
+        assert said is not None, "a word without a deadline comes"
+        name, message = said
+        if not isinstance(message, Ready):
+            raise RunError(f"stage {name} said {type(message).__name__} before it was ready")
+        return name, message.capacity
 
     def lease(self, pipeline: int, rows: Sequence[LeasedRow]) -> None:
         """Hand rows to a pipeline's head, in messages of bounded size."""
@@ -180,18 +212,27 @@ class Fleet:
         for _, part in groupby(zip(rows, ends, strict=True), lambda it: it[1] // LEASE_TOKENS):
             self._send(head, Rows(rows=tuple(row for row, _ in part)))
 
-    def answers(self, timeout_s: float) -> tuple[Answer, ...]:
-        """The next rows that ended, none if none came in time; StageLostError if a stage is lost."""
-        deadline, message = time.monotonic() + timeout_s, None
-        while message is None:
+    def recall(self, pipeline: int, rows: int, most_tokens: int) -> None:
+        """Ask a pipeline's head for so many rows that it has not begun; its news will say which."""
+        head = self._stations[self._pipelines[pipeline][0]]
+        self._send(head, Recall(rows=rows, most_tokens=most_tokens))
+
+    def news(self, timeout_s: float) -> News:
+        """What a head says next, QUIET if none does in time; StageLostError if a stage is lost."""
+        deadline, said = time.monotonic() + timeout_s, None
+        while said is None:
             self._pace()
             left = deadline - time.monotonic()
-            message = self._next(max(0.0, min(left, PACE_EVERY_S)))
-            if message is None and left <= PACE_EVERY_S:
-                return ()
-        if not isinstance(message, Answers):
-            raise RunError(f"a head said {type(message).__name__} in place of answers")
-        return message.answers
+            said = self._next(max(0.0, min(left, PACE_EVERY_S)))
+            if said is None and left <= PACE_EVERY_S:
+                return QUIET
+        name, message = said
+        pipeline = self._stations[name].pipeline
+        if isinstance(message, Answers):
+            return News(pipeline, answers=message.answers)
+        if isinstance(message, Returned):
+            return News(pipeline, returned=message.rows)
+        raise RunError(f"stage {name} said {type(message).__name__} in place of answers")
 
     def _pace(self) -> None:
         """Now and then, let each ring have as many micro-batches in flight as it is seen to need."""
@@ -258,7 +299,7 @@ class Fleet:
                 streamed_layers=station.plan.weights_offloaded,
                 parked_kv=station.plan.kv_offloaded,
             ),
-            ring=settings.ring,
+            ring=self.rings[station.pipeline],
             codec=station.codec,
             incoming_codec=station.incoming_codec,
             driver=DRIVER,
@@ -288,14 +329,15 @@ class Fleet:
         missing = [s.member for s in self._stations.values() if s.link is None]
         raise StageLostError(f"stages {', '.join(missing)} said nothing in {JOIN_S:.0f} s")
 
-    def _send(self, station: _Station, message: Topology | Rows | OpenSlots) -> None:
+    def _send(self, station: _Station, message: Topology | Rows | OpenSlots | Recall) -> None:
         assert station.link is not None, "stages are joined before they are spoken to"
         try:
             station.link.send(message)
         except StageError as error:
             raise self._lost(LinkDown(station.link.connection, error)) from error
 
-    def _next(self, timeout_s: float | None) -> object | None:
+    def _next(self, timeout_s: float | None) -> tuple[str, object] | None:
+        """Who says what, or None if nobody does in time."""
         mail = self._mailbox.get(timeout_s)
         if mail is None:
             return None
@@ -304,7 +346,7 @@ class Fleet:
         message = decode(mail.frame)
         if isinstance(message, StageFailed):
             raise self._lost(mail)
-        return message
+        return mail.source.peer, message
 
     def _lost(self, first: Mail) -> FlowError:
         """Which stage is to blame, now that something went wrong: a silent death before complaints."""
@@ -342,6 +384,22 @@ class Fleet:
         station.ended.append(reason)
         if station.link is not None:
             self._mailbox.report_down(LinkDown(station.link.connection, LinkError(reason)))
+
+
+def _least(held: Sequence[Capacity]) -> Capacity:
+    """What all of these stages can hold."""
+    return Capacity(
+        blocks=min(each.blocks for each in held),
+        window_blocks=min(each.window_blocks for each in held),
+    )
+
+
+def _holding(ring: Ring, capacity: Capacity) -> Ring:
+    """The ring with as many KV blocks as there is room for."""
+    if capacity.blocks < ring.blocks:
+        log.warning("fewer KV blocks planned=%d held=%d", ring.blocks, capacity.blocks)
+    counts = {"blocks": capacity.blocks, "window_blocks": capacity.window_blocks}
+    return ring.model_copy(update=counts)
 
 
 def _obituary(station: _Station, error: StageError) -> str:

@@ -5,9 +5,9 @@ neither can drift from the other. Token ids, text and sockets are unknown here.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 from itertools import chain
 
 from planner.holdings import Holdings
@@ -20,6 +20,8 @@ CHUNK_TOKENS = 128
 MAX_STEP_BLOCKS = 2**14
 """KV blocks that one step may grant, if to more than one row: a frame's header is bounded."""
 MAX_STEP_ENDED = 4096
+FEWER = 7 / 8
+"""Share of its KV blocks that a ring is left with where a stage has no memory for all of them."""
 LEARNED_ROWS = 64
 """Rows that must have ended before their lengths count for those to come."""
 
@@ -99,12 +101,27 @@ class RingShape:
 
     def _require_room(self, window: Window) -> None:
         """A windowed pool must hold what one row may need at once: nobody could make way for it."""
-        needed = self.blocks_for(window.most_tokens(self.step_tokens))
+        needed = self._least_windowed(window)
         if window.tokens < 1 or window.blocks < needed:
             raise ValueError(
                 f"{window.blocks} blocks for a window of {window.tokens} positions; a row that "
                 f"computes {self.step_tokens} at once needs {needed}"
             )
+
+    def _least_windowed(self, window: Window) -> int:
+        return self.blocks_for(window.most_tokens(self.step_tokens))
+
+    def holding(self, blocks: int, window_blocks: int) -> "RingShape":
+        """The same ring with so many KV blocks; windowed ones only where it has some."""
+        window = self.window and replace(self.window, blocks=window_blocks)
+        return replace(self, blocks=blocks, window=window)
+
+    def with_fewer_blocks(self) -> "RingShape | None":
+        """The same ring with some KV blocks less, or None where it cannot do with less."""
+        blocks, windowed = int(FEWER * self.blocks), 0
+        if self.window is not None:
+            windowed = max(self._least_windowed(self.window), int(FEWER * self.window.blocks))
+        return self.holding(blocks, windowed) if blocks else None
 
     @property
     def capacity(self) -> int:
@@ -219,6 +236,17 @@ class Ring:
         assert len(marks) * SHARE_TOKENS < known_tokens, "a sequence computes its last token itself"
         self._sequences[sequence] = _Sequence(known_tokens, limit_tokens, known_tokens, marks)
         heappush(self._queue, (-limit_tokens, sequence))
+
+    def withdraw(self, count: int, among: Container[int]) -> list[int]:
+        """Up to so many of these sequences leave the queue, first those that would enter last."""
+        leaving = [number for _, number in sorted(self._queue, reverse=True) if number in among]
+        leaving = leaving[:count]
+        gone = set(leaving)
+        self._queue = [entry for entry in self._queue if entry[1] not in gone]
+        heapify(self._queue)
+        for number in leaving:
+            del self._sequences[number]
+        return leaving
 
     def next_step(self) -> Step | None:
         """The next slot's work in cyclic order; None while every slot is empty or in flight."""

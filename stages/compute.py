@@ -11,6 +11,7 @@ from stages.config import StageSpec
 from stages.finite import finite_rows
 from stages.frame import RAW, Dtype
 from stages.halving import Halving, memory_for
+from stages.kv_room import largest_cache, new_cache
 from stages.sampling import NO_TOKEN, Sampler, SamplingParams
 from stages.shard import Shard, ShardSpec
 from stages.wire import Admit, SampleFrame, StepFrame
@@ -35,8 +36,11 @@ class Tachograph:
 
 
 class Compute(Protocol):
-    """What a stage does with its frames, one after another."""
+    """What a stage does with its frames, one after another, and the ring that it has memory for."""
 
+    @property
+    def ring(self) -> RingShape: ...
+    def settle(self, ring: RingShape) -> None: ...
     def begin(
         self, step: Step, ids: Tensor, admits: tuple[Admit, ...]
     ) -> StepFrame | SampleFrame: ...
@@ -48,8 +52,8 @@ class StageCompute:
 
     def __init__(self, shard: Shard, ring: RingShape, epoch: int, parked_kv: float = 0.0) -> None:
         self.shard = shard
-        with memory_for(f"the keys and values of {ring.blocks * ring.block_tokens} tokens"):
-            self.cache = shard.new_cache(ring.blocks, ring.block_tokens, ring.window, parked_kv)
+        self._parked_kv = parked_kv
+        self.cache, self._ring = largest_cache(shard, ring, parked_kv)
         self._sampler = Sampler(shard.ferry)
         self._halving = Halving()
         self._epoch = epoch
@@ -71,6 +75,17 @@ class StageCompute:
                 )
             )
         return cls(shard, spec.ring.shape(), spec.epoch, model.parked_kv)
+
+    @property
+    def ring(self) -> RingShape:
+        """The ring that there are KV blocks for: the one asked for, or one with fewer."""
+        return self._ring
+
+    def settle(self, ring: RingShape) -> None:
+        """Hold no more than this ring's blocks, as another stage has no memory for more."""
+        if ring != self._ring:
+            del self.cache  # there may be no memory for both
+            self.cache, self._ring = new_cache(self.shard, ring, self._parked_kv), ring
 
     def begin(self, step: Step, ids: Tensor, admits: tuple[Admit, ...]) -> StepFrame | SampleFrame:
         """The head's part: embed token ids [step.tokens], then the layers."""

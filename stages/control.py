@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from planner.schedule import RingShape
 from stages.errors import FrameError
 from stages.frame import MAX_ROWS, ROOM_BYTES, Frame, Kind, Label, Packet, run_number, seal
 from stages.identity import NAME_PATTERN
@@ -27,6 +28,7 @@ MAX_ROW_TOKENS = 2**22
 MAX_STOPS = 64
 MAX_MEMBERS = 1024
 MAX_STRIPES = 16
+MAX_RECALLED = 2**14  # rows that a head gives back at once: their numbers fit one message
 
 
 def _bounded(text: object) -> object:
@@ -149,12 +151,27 @@ class Peer(_Record):
     port: Port
 
 
+class Capacity(_Record):
+    """KV blocks that a stage, or every stage of a pipeline, can hold; see RingShape."""
+
+    blocks: int = Field(ge=1, lt=2**63)
+    window_blocks: Count = 0
+    """Of the layers that keep only a window; 0 where none do."""
+
+    @classmethod
+    def of(cls, ring: RingShape) -> Self:
+        """What a ring of that shape holds."""
+        return cls(blocks=ring.blocks, window_blocks=ring.window.blocks if ring.window else 0)
+
+
 class Topology(_Message):
-    """The plan in force, as far as links go: the stages in ring order, the head first."""
+    """The plan in force, as far as a pipeline goes: its stages in ring order, the head first."""
 
     kind = Kind.TOPOLOGY
     epoch: Epoch
     peers: tuple[Peer, ...] = Field(max_length=MAX_MEMBERS)
+    capacity: Capacity
+    """Of the stage that can hold least: no more is ever granted."""
 
     @model_validator(mode="after")
     def _names_once(self) -> Self:
@@ -168,6 +185,7 @@ class Ready(_Message):
 
     kind = Kind.READY
     epoch: Epoch
+    capacity: Capacity
 
 
 class LinkReport(_Record):
@@ -252,6 +270,23 @@ class OpenSlots(_Message):
     slots: int = Field(ge=1)
 
 
+class Recall(_Message):
+    """The driver asks a head for rows that it has not begun, those that it would begin last."""
+
+    kind = Kind.RECALL
+    rows: int = Field(ge=1, le=MAX_RECALLED)
+    """At most so many,"""
+    most_tokens: Count
+    """and none that may grow beyond so many tokens: where they go, no more has room."""
+
+
+class Returned(_Message):
+    """The head's answer to each Recall: the rows that it has let go of, unbegun; maybe none."""
+
+    kind = Kind.RETURNED
+    rows: tuple[Count, ...] = Field(max_length=MAX_RECALLED)
+
+
 class Answer(_Record):
     """How one row ended: an answer, or a typed error with its reason."""
 
@@ -327,8 +362,8 @@ class StepFailed(_Message):
 
 
 ControlMessage: TypeAlias = (
-    Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | OpenSlots | Answers
-    | Stop | StageFailed | StepFailed | Bye
+    Hello | Welcome | Refused | Topology | Ready | Heartbeat | Rows | OpenSlots | Recall | Returned
+    | Answers | Stop | StageFailed | StepFailed | Bye
 )  # fmt: skip
 Message: TypeAlias = StepFrame | SampleFrame | Ack | ProfileFrame | ProfileHeld | ControlMessage
 
@@ -341,8 +376,8 @@ _BY_KIND: dict[Kind, type[Message]] = {
     **{
         message.kind: message
         for message in (
-            Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, OpenSlots, Answers,
-            Stop, StageFailed, StepFailed, Bye,
+            Hello, Welcome, Refused, Topology, Ready, Heartbeat, Rows, OpenSlots, Recall, Returned,
+            Answers, Stop, StageFailed, StepFailed, Bye,
         )
     },
 }  # fmt: skip

@@ -74,6 +74,8 @@ class Kind(IntEnum):
     STAGE_FAILED = 26
     BYE = 27
     OPEN_SLOTS = 28
+    RECALL = 29
+    RETURNED = 30
 
 
 class Dtype(IntEnum):

@@ -58,6 +58,17 @@ class Head:
             stops = self._encoder.stop_scanner(row.stop) if row.stop else None
             self._enter(Sequence(row, list(row.token_ids), stops, leased_at=now))
 
+    def give_back(self, count: int, most_tokens: int) -> tuple[int, ...]:
+        """Let go of up to so many rows that have not begun and may grow to so many tokens at most:
+        the numbers of their rows, which are somebody else's now."""
+        unbegun = {
+            number
+            for number, sequence in self._sequences.items()
+            if sequence.started_at is None and sequence.limit <= most_tokens
+        }
+        left = self._ring.withdraw(count, unbegun)
+        return tuple(self._sequences.pop(number).row.row for number in left)
+
     def open_slots(self, slots: int) -> None:
         """Keep so many micro-batches in flight from now on."""
         self._ring.open(slots)

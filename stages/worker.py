@@ -26,11 +26,14 @@ from stages.config import Address, StageSpec
 from stages.control import (
     Answer,
     Answers,
+    Capacity,
     Heartbeat,
     Hello,
     Message,
     OpenSlots,
     Ready,
+    Recall,
+    Returned,
     Rows,
     StageFailed,
     StepFailed,
@@ -98,7 +101,7 @@ class Worker:
             self._join_driver(trust, Address(host=host, port=port))
             with self._last_words():
                 compute = self._load()
-                if self._join_ring(trust, listener, leave):
+                if self._join_ring(compute, trust, listener, leave):
                     if spec.is_head:
                         self._lead(compute)
                     else:
@@ -172,19 +175,24 @@ class Worker:
             "shard loaded member=%s layers=%d-%d seconds=%.1f",
             self._spec.member, model.first_layer, model.end_layer, load_s,
         )  # fmt: skip
-        self._driver.send(Ready(epoch=self._spec.epoch))
+        self._driver.send(Ready(epoch=self._spec.epoch, capacity=Capacity.of(compute.ring)))
         return compute
 
-    def _join_ring(self, trust: Trust, listener: Listener, leave: contextlib.ExitStack) -> bool:
+    def _join_ring(
+        self, compute: Compute, trust: Trust, listener: Listener, leave: contextlib.ExitStack
+    ) -> bool:
         """Connect to the next stage and be connected to by the previous one; False if told to stop.
 
-        The driver says where everybody listens once all stages are loaded, so nobody waits long.
+        Once all stages are loaded, the driver says where everybody listens, so that nobody waits
+        long, and what all of them can hold.
         """
         topology = self._next_message(None)
         if isinstance(topology, Stop):
             return False
         if not isinstance(topology, Topology):
             raise ProtocolError(f"{type(topology).__name__} came before the plan's topology")
+        held = topology.capacity
+        compute.settle(self._spec.ring.shape().holding(held.blocks, held.window_blocks))
         if len(self._spec.pipeline) == 1:
             return True
         places = {peer.name: (peer.host, peer.port) for peer in topology.peers}
@@ -257,7 +265,7 @@ class Worker:
     def _lead(self, compute: Compute) -> None:
         """The first stage: rows in, steps round the ring, answers out."""
         encoder = PromptEncoder.load(self._spec.model.folder, "parse")
-        head = Head(self._spec.ring.shape(), encoder)
+        head = Head(compute.ring, encoder)
         idle = True
         while True:
             message = self._next_message(None if idle else 0.0)
@@ -275,6 +283,11 @@ class Worker:
             return []
         if isinstance(message, OpenSlots):
             head.open_slots(message.slots)
+            return []
+        if isinstance(message, Recall):
+            # Said after the answers before it, and what is named here is answered no more.
+            given = head.give_back(message.rows, message.most_tokens)
+            self._driver.send(Returned(rows=given))
             return []
         if isinstance(message, SampleFrame):
             return head.sampled(message)

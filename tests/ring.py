@@ -70,13 +70,13 @@ def answers(
         watch(worker)
         worker.live()
 
-    settings = StageSettings("test-run", model, "float32", torch.get_num_threads(), ring)
+    settings = StageSettings("test-run", model, "float32", torch.get_num_threads())
     found: dict[int, Answer] = {}
-    with Fleet(plan, settings, start=live) as fleet:
+    with Fleet(plan, [ring], settings, start=live) as fleet:
         fleet.start()
         fleet.lease(0, rows)
         while len(found) < len(rows):
-            for answer in fleet.answers(timeout_s=60.0):
+            for answer in fleet.news(timeout_s=60.0).answers:
                 assert answer.row not in found, f"row {answer.row} was answered twice"
                 found[answer.row] = answer
     return found

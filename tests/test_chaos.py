@@ -78,7 +78,7 @@ class Job:
         found: dict[int, Answer] = {}
         took_s = 0.0
         while len(found) < BATCH or failing.is_alive():
-            for answer in self.fleet.answers(timeout_s=0.2):
+            for answer in self.fleet.news(timeout_s=0.2).answers:
                 took_s = time.monotonic() - started_s
                 assert answer.row not in found, f"row {answer.row} was answered twice"
                 found[answer.row] = answer
@@ -185,8 +185,8 @@ def test_a_job_whose_links_and_processes_falter_answers_as_if_they_had_not(tmp_p
     ]
     expected = answers(tmp_path, rows, plan_of(4, 1), ring_settings(1, 32))
     site = Site()
-    settings = StageSettings("chaos", tmp_path, "float32", 1, RING)
-    with Fleet(plan_of(4, STAGES), settings, site.start, site.reached_at) as fleet:
+    settings = StageSettings("chaos", tmp_path, "float32", 1)
+    with Fleet(plan_of(4, STAGES), [RING], settings, site.start, site.reached_at) as fleet:
         fleet.start()
         job = Job(fleet, site, iter(rows), expected)
         for fault, at_least_s in faults:

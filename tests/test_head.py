@@ -1,6 +1,8 @@
 """The head on imagined stages: rows in, steps out; samples in, answers out."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner.schedule import RingShape
 from stages.control import Answer, StepFailed
@@ -149,3 +151,58 @@ def test_samples_of_another_count_are_refused(encoder: PromptEncoder) -> None:
     head.lease([row(0, [10], 4)])
     with pytest.raises(ProtocolError, match="2 tokens for 1"):
         head.sampled(samples(next_work(head), 65, 66))
+
+
+def test_a_row_that_begins_as_it_is_asked_back_stays(encoder: PromptEncoder) -> None:
+    head = head_of(encoder, slots=1)  # for two rows
+    head.lease([row(n, [10], 9 - n) for n in range(5)])
+    next_work(head)
+    assert head.give_back(9, most_tokens=100) == (4, 3, 2)
+    assert head.give_back(9, most_tokens=100) == ()
+    assert head.rows == 2
+
+
+def test_rows_go_back_that_would_begin_last_and_have_room_elsewhere(
+    encoder: PromptEncoder,
+) -> None:
+    head = head_of(encoder, slots=1)
+    head.lease([row(n, [10], 3 + n) for n in range(6)])  # the longest begin first
+    assert head.give_back(2, most_tokens=100) == (0, 1)
+    assert head.give_back(9, most_tokens=7) == (2, 3)
+    assert [answer.row for answer in run_to_end(head, 65)] == [4, 5]
+
+
+def test_a_row_that_must_start_again_has_begun(encoder: PromptEncoder) -> None:
+    head = head_of(encoder, slots=1)
+    head.lease([row(0, [10, 11], 4), row(1, [20], 4)])
+    head.failed(failure(next_work(head)))
+    assert head.rows == 2
+    assert head.give_back(9, most_tokens=100) == ()
+    assert len(run_to_end(head, 65)) == 2
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 30))
+def test_every_row_is_answered_or_given_back_and_never_both(
+    encoder: PromptEncoder, turns: list[int], rows: int
+) -> None:
+    head, flying = head_of(encoder), list[Work]()
+    head.lease([row(n, [10] * (1 + n % 40), 1 + n % 4) for n in range(rows)])
+    ended: list[int] = []
+
+    def take_one_back() -> None:
+        work = flying.pop(0)
+        sampling = sum(span.samples for span in work.step.spans)
+        ended.extend(a.row for a in head.sampled(samples(work, *[65] * sampling)))
+
+    for turn in turns:
+        if turn == 0:
+            ended += head.give_back(2, most_tokens=60)
+        elif turn == 1 and flying:
+            take_one_back()
+        elif (work := head.next_work()) is not None:
+            flying.append(work)
+    while head.rows:
+        if not flying:
+            flying.append(next_work(head))
+        take_one_back()
+    assert sorted(ended) == list(range(rows))

@@ -19,6 +19,7 @@ from stages.control import (
     Answer,
     Answers,
     Bye,
+    Capacity,
     ControlMessage,
     Heartbeat,
     Hello,
@@ -28,7 +29,9 @@ from stages.control import (
     OpenSlots,
     Peer,
     Ready,
+    Recall,
     Refused,
+    Returned,
     Rows,
     StageFailed,
     StepFailed,
@@ -75,8 +78,10 @@ CONTROL: tuple[ControlMessage, ...] = (
     HELLO,
     Welcome(name="b", run="run-1", epoch=3, incarnation=0, last_frame=7, purpose="control"),
     Refused(reason="stranger", cause="name", epoch=3),
-    Topology(epoch=3, peers=(Peer(name="a", host="h", port=1),)),
-    Ready(epoch=3),
+    Topology(
+        epoch=3, peers=(Peer(name="a", host="h", port=1),), capacity=Capacity(blocks=2**63 - 1)
+    ),
+    Ready(epoch=3, capacity=Capacity(blocks=1, window_blocks=9)),
     Heartbeat(
         frames=5,
         links=(
@@ -142,6 +147,8 @@ CONTROL: tuple[ControlMessage, ...] = (
         message="NaN",
     ),
     OpenSlots(slots=7),
+    Recall(rows=5, most_tokens=640),
+    Returned(rows=(7, 2**63 - 1)),
 )
 MESSAGES: tuple[Message, ...] = (
     step_frame(),
@@ -289,7 +296,8 @@ def test_any_samples_come_back(epoch: int, number: int, tokens: list[int]) -> No
 @given(st.text(max_size=50), st.lists(st.text(min_size=1, max_size=9), max_size=3))
 @settings(max_examples=50, deadline=None)
 def test_any_text_comes_back(text: str, stops: list[str]) -> None:
-    row = CONTROL[6].rows[0].model_copy(update={"stop": tuple(stops)})  # type: ignore[union-attr]
+    leased = next(message for message in CONTROL if isinstance(message, Rows))
+    row = leased.rows[0].model_copy(update={"stop": tuple(stops)})
     for message in (Rows(rows=(row,)), Stop(reason=text)):
         assert decode(read(packed(message))) == message
 
@@ -423,7 +431,8 @@ JSON_LIES: dict[str, tuple[type[ControlMessage], bytes]] = {
     "a fraction": (Heartbeat, b'{"frames":1.5}'),
     "two peers of one name": (
         Topology,
-        b'{"epoch":3,"peers":[{"name":"a","host":"h","port":1},{"name":"a","host":"h","port":2}]}',
+        b'{"epoch":3,"peers":[{"name":"a","host":"h","port":1},{"name":"a","host":"h","port":2}],'
+        b'"capacity":{"blocks":1}}',
     ),
     "a label that disagrees": (
         StepFailed,

@@ -1,0 +1,66 @@
+"""The keys and values that a stage really has memory for, once its weights are loaded."""
+
+import logging
+
+import psutil
+import torch
+
+from planner.schedule import RingShape
+from stages.errors import OutOfMemoryError
+from stages.halving import memory_for
+from stages.kv_cache import KvCache
+from stages.shard import Shard
+
+log = logging.getLogger(__name__)
+
+FREE_SHARE = 0.9
+"""Of the memory that is free, for keys and values: activations and others want some."""
+
+
+def largest_cache(
+    shard: Shard, asked: RingShape, parked_kv: float = 0.0
+) -> tuple[KvCache, RingShape]:
+    """A cache for the ring asked for, or for as much of it as there is memory, and which ring it is.
+
+    `parked_kv` is the share of its blocks that lie beside the device. OutOfMemoryError where that is
+    not even the least that a ring must have.
+    """
+    ring = asked
+    while True:
+        try:
+            cache = new_cache(shard, ring, parked_kv)
+        except OutOfMemoryError:
+            fewer = ring.with_fewer_blocks()
+            if fewer is None:
+                raise
+            ring = fewer
+        else:
+            if ring != asked:
+                log.warning("fewer KV blocks asked=%d held=%d", asked.blocks, ring.blocks)
+            return cache, ring
+
+
+def new_cache(shard: Shard, ring: RingShape, parked_kv: float = 0.0) -> KvCache:
+    """A cache for this ring; OutOfMemoryError if this node has no memory for it."""
+    what = f"the keys and values of {ring.blocks * ring.block_tokens} tokens"
+    if shard.facts.device.type == "cpu":
+        _require_free(_bytes(shard, ring, parked_kv), what)
+    with memory_for(what):
+        return shard.new_cache(ring.blocks, ring.block_tokens, ring.window, parked_kv)
+
+
+def _require_free(wanted_bytes: int, what: str) -> None:
+    """The system promises memory that it lacks, and kills whoever comes to use it."""
+    free_bytes = psutil.virtual_memory().available
+    if wanted_bytes > FREE_SHARE * free_bytes:
+        raise OutOfMemoryError(
+            f"no memory for {what}: {wanted_bytes / 1e9:.3g} GB, of {free_bytes / 1e9:.3g} GB free",
+            (),
+        )
+
+
+def _bytes(shard: Shard, ring: RingShape, parked_kv: float) -> int:
+    """What the pools of a ring's cache would take."""
+    facts, nowhere = shard.facts, torch.device("meta")
+    blocks = ring.blocks - int(parked_kv * ring.blocks)
+    return KvCache(facts.kv, blocks, ring.block_tokens, facts.dtype, nowhere, ring.window).bytes
