@@ -78,7 +78,7 @@ StageMemory = Annotated[
     typer.Option(
         min=1e-3,
         metavar="GB",
-        help="Memory that each stage may take; layers that it cannot hold stream from disk.",
+        help="Memory that each stage may take; what it cannot hold of the model goes to disk.",
         show_default="its share of what is free",
     ),
 ]

@@ -21,6 +21,7 @@ from prefect.exceptions import PrefectException
 from flows.errors import FlowError, RunError, StageLostError
 from flows.pacing import Pacer
 from flows.stage import last_words, stage
+from planner.cost import resident_kv
 from planner.plan import Plan, StagePlan
 from stages.codec import FAST, INT8, RAW
 from stages.config import Address, Codec, Device, DType, ModelSpec, Ring, StageSpec, WeightKind
@@ -297,7 +298,7 @@ class Fleet:
                 threads=settings.threads,
                 device=settings.device,
                 streamed_layers=station.plan.weights_offloaded,
-                parked_kv=station.plan.kv_offloaded,
+                parked_kv=1.0 - resident_kv(station.plan.kv_offloaded, settings.ring.slots),
             ),
             ring=self.rings[station.pipeline],
             codec=station.codec,

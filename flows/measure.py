@@ -73,6 +73,7 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
             disk_bytes_per_s=facts.disk_bytes_per_s / stages,
             host_bytes=_host_bytes(facts) / stages,
             host_to_device_bytes_per_s=facts.host_to_device_bytes_per_s / stages,
+            parked_kv_bytes_per_s=facts.parked_kv_bytes_per_s / stages,
         )
         for i in range(stages)
     )

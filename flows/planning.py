@@ -86,7 +86,10 @@ def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: W
     rows = pipeline.micro_batch_rows * slots
     step_tokens = pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS
     blocks = kv_blocks(
-        [kv_room(stage, measured.model, measured.cluster) for stage in pipeline.stages],
+        [
+            kv_room(stage, measured.model, measured.cluster, pipeline.in_flight)
+            for stage in pipeline.stages
+        ],
         measured.model.window,
         Wanted(rows, work.prompt_tokens.p95, work.output_tokens.p95, context_tokens, step_tokens),
     )

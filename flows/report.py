@@ -114,6 +114,7 @@ def announce(plan: Plan) -> None:
         " -> ".join(
             f"{s.node} {s.first_layer}-{s.end_layer}"
             + (f" ({s.weights_offloaded} streamed)" if s.weights_offloaded else "")
+            + (" (keys and values parked)" if s.kv_offloaded else "")
             for s in pipeline.stages
         )
         + f", {under_way(pipeline)}"

@@ -7,6 +7,9 @@ import numpy as np
 from planner.cost import Cell, Floats, Role, stage_table
 from planner.facts import ModelShape, Node, Workload
 
+ROUNDING = 1e-12
+"""Where nodes carry just what they must, a sum's last bits are not to say that they do not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Floor:
@@ -49,7 +52,8 @@ def capped_compute_bound(floor: Floor) -> float:
     for _ in range(60):
         middle = (low + high) / 2.0
         carried = float((held * np.minimum(rate, middle)).max(axis=1).sum())
-        low, high = (middle, high) if carried >= (layers + extra) * middle else (low, middle)
+        enough = (layers + extra) * middle * (1.0 - ROUNDING)
+        low, high = (middle, high) if carried >= enough else (low, middle)
     return high
 
 

@@ -23,8 +23,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-PARKED_KV = (0.0, 0.25, 0.5, 0.75)
-"""Fractions of a stage's KV that may be parked in host memory: the grid of the offload choice."""
+PARKED_KV = (0.0, 0.5, 0.75, 1.0)
+"""Shares of a stage's KV that a round may fetch from where it is parked: the grid of the choice."""
 STREAM_BUFFERS = 2
 """Layers of device memory that streamed weights need: one computed, one on its way."""
 WORKSPACE_COPIES = 16
@@ -103,6 +103,15 @@ def kv_layer_bytes(model: ModelShape, work: Workload, rows: int) -> float:
     return tokens * model.kv_bytes_per_token_layer
 
 
+def resident_kv(parked: float, in_flight: int) -> float:
+    """Share of a stage's KV that its device has room for, if a round is to fetch so much of it.
+
+    With room for r of m slots, two slots' room goes from hand to hand, one computed and one on its
+    way; in the rest stay r - 2 of the m - 1 slots that are not computed (Belady 1966).
+    """
+    return min(1.0, 1.0 - parked + (1.0 + parked) / in_flight) if parked else 1.0
+
+
 def workspace_bytes(model: ModelShape, cell: Cell) -> float:
     """Device memory of a step's activations."""
     tokens = max(cell.micro_batch_rows * (cell.draft_len + 1), STEP_TOKENS)
@@ -154,11 +163,10 @@ def stage_table(
     k = _counts_worth_trying(nodes, model, work, cell, role)
     best = np.full((len(nodes), k.shape[1]), np.inf)
     offloaded, parked = np.zeros((2, *best.shape))
-    # Only who has host memory to park in has a choice to make.
-    able = [i for i, n in enumerate(nodes) if n.host_bytes and n.host_to_device_bytes_per_s]
+    # Only who has something to park in has a choice to make; what is within a window is not parked.
+    able = [i for i, n in enumerate(nodes) if n.kv_stream_bytes_per_s and not model.window]
     for fraction in PARKED_KV:
-        # Two slots' KV must stay: the one computed and the one being fetched.
-        if fraction and (not able or (1.0 - fraction) * cell.in_flight < STREAM_BUFFERS):
+        if fraction and (not able or resident_kv(fraction, cell.in_flight) >= 1.0):
             continue
         at = able if fraction else list(range(len(nodes)))
         some = tuple(nodes[i] for i in at)
@@ -209,7 +217,8 @@ def _column(values: list[float]) -> Floats:
 def _room_beside(node: Node) -> float:
     """Bytes beside the device's that layers stream from; none where they cannot."""
     # A disk holds the whole model already, and may hold a part of it twice.
-    return (node.host_bytes or np.inf) if node.stream_bytes_per_s else 0.0
+    streams = node.stream_bytes_per_s or node.kv_stream_bytes_per_s
+    return (node.host_bytes or np.inf) if streams else 0.0
 
 
 def _layers_to_offload(
@@ -227,10 +236,12 @@ def _layers_to_offload(
     stream = _column([n.stream_bytes_per_s for n in nodes])
     kv = kv_layer_bytes(model, work, cell.rows)
     fixed = workspace_bytes(model, cell) + role_bytes(model, role)
-    over = k * (model.layer_bytes + (1.0 - parked) * kv) + fixed - memory
+    resident = resident_kv(parked, cell.in_flight) * kv
+    over = k * (model.layer_bytes + resident) + fixed - memory
     omega = np.where(over <= 0, 0.0, np.ceil(over / model.layer_bytes) + STREAM_BUFFERS)
-    fits = (omega <= k) & (omega * model.layer_bytes + parked * k * kv <= host)
-    fits &= (stream > 0) | ((omega == 0) & (parked == 0.0))
+    beside = k * kv if parked else 0.0  # whatever may come to be parked has its place
+    fits = (omega <= k) & (omega * model.layer_bytes + beside <= host)
+    fits &= (stream > 0) | (omega == 0)
     return np.where(fits | ((omega == 0) & (parked == 0.0)), omega, np.inf)
 
 
@@ -247,12 +258,13 @@ def _busy_s(
     """Seconds per row of k layers with `omega` of them and a fraction of the KV streamed."""
     fetched_kv = parked * cell.micro_batch_rows * mean_context(work)
     stream = _column([n.stream_bytes_per_s for n in nodes])
+    kv_stream = _column([n.kv_stream_bytes_per_s for n in nodes])
     weights = omega * model.layer_bytes
     kv = fetched_kv * k * model.kv_bytes_per_token_layer
     rounds = decode_rounds(work, cell.draft_len)
     with np.errstate(divide="ignore", invalid="ignore"):  # no way to stream: masked by the caller
         prefill_stream = np.where(weights > 0, weights / stream, 0.0)
-        round_stream = np.where(weights + kv > 0, (weights + kv) / stream, 0.0)
+        round_stream = prefill_stream + np.where(kv > 0, kv / kv_stream, 0.0)
         life = np.maximum(k * passes.prefill_s, prefill_stream)
         life = life + rounds * np.maximum(k * passes.round_s, round_stream) + passes.beside_s
     return np.asarray(life / cell.micro_batch_rows, np.float64)

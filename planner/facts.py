@@ -37,6 +37,8 @@ class Node:
     """Host memory beside the device's, for offloading; 0 where they are the same."""
     host_to_device_bytes_per_s: float = 0.0
     disk_bytes_per_s: float = 0.0
+    parked_kv_bytes_per_s: float = 0.0
+    """Rate at which parked keys and values come back, with what goes out meanwhile, as measured."""
     up_bytes_per_s: float = float("inf")
     down_bytes_per_s: float = float("inf")
     layer_s: LayerTimes | None = None
@@ -47,6 +49,13 @@ class Node:
     def stream_bytes_per_s(self) -> float:
         """Rate of offloaded weights: from host memory where there is some apart, else from disk."""
         return self.host_to_device_bytes_per_s if self.host_bytes else self.disk_bytes_per_s
+
+    @property
+    def kv_stream_bytes_per_s(self) -> float:
+        """Rate of parked KV: as measured, else that of weights from host memory; 0 if it cannot be."""
+        return self.parked_kv_bytes_per_s or (
+            self.host_to_device_bytes_per_s if self.host_bytes else 0.0
+        )
 
 
 @dataclass(frozen=True, slots=True)

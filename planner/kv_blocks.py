@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.cost import STREAM_BUFFERS
+from planner.cost import STREAM_BUFFERS, resident_kv
 from planner.facts import Cluster, ModelShape
 from planner.plan import StagePlan
 from planner.windows import AHEAD_TOKENS, Window
@@ -27,6 +27,8 @@ class Room:
     """Layers that see all positions."""
     windowed: int
     """Layers that see a window."""
+    resident: float = 1.0
+    """Share of the blocks that have room here; the others are parked. Windowed layers' all have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class KvBlocks:
     """Of layers that keep only their window; 0: those are like all others."""
 
 
-def kv_room(stage: StagePlan, model: ModelShape, cluster: Cluster) -> Room:
+def kv_room(stage: StagePlan, model: ModelShape, cluster: Cluster, in_flight: int) -> Room:
     """What a stage's memory leaves for keys and values beside its weights."""
     streamed = stage.weights_offloaded
     weights_bytes = (stage.layers - streamed + min(streamed, STREAM_BUFFERS)) * model.layer_bytes
@@ -60,7 +62,8 @@ def kv_room(stage: StagePlan, model: ModelShape, cluster: Cluster) -> Room:
     free_bytes = KV_SHARE * (cluster.node(stage.node).memory_bytes - weights_bytes)
     windowed = model.windowed_layers(stage.first_layer, stage.end_layer)
     block_bytes = model.kv_bytes_per_token_layer * BLOCK_TOKENS
-    return Room(free_bytes / block_bytes, stage.layers - windowed, windowed)
+    resident = resident_kv(stage.kv_offloaded, in_flight)
+    return Room(free_bytes / block_bytes, stage.layers - windowed, windowed, resident)
 
 
 def kv_blocks(rooms: Sequence[Room], window_tokens: int, wanted: Wanted) -> KvBlocks:
@@ -69,7 +72,7 @@ def kv_blocks(rooms: Sequence[Room], window_tokens: int, wanted: Wanted) -> KvBl
     Layers that see a window keep only that, unless the context is no longer than what they would
     keep, or memory so short that one row's window would take more than all of the row does.
     """
-    alike = min(room.layer_blocks / (room.whole + room.windowed) for room in rooms)
+    alike = min(room.layer_blocks / (room.whole + room.windowed) / room.resident for room in rooms)
     same = KvBlocks(max(1, min(_most(wanted), int(alike))))
     least = _blocks(Window(window_tokens, 0).most_tokens(wanted.step_tokens))
     some = any(room.windowed for room in rooms)
@@ -86,7 +89,10 @@ def _apart(rooms: Sequence[Room], window_tokens: int, wanted: Wanted, least: int
     near = min(row, _blocks(Window(window_tokens, 0).most_tokens(at_once)))
     # One row's more, for beginnings that nobody uses just now.
     most = max(least, (wanted.rows + 1) * near)
-    rows = min(room.layer_blocks / (room.whole * row + room.windowed * near) for room in rooms)
+    rows = min(
+        room.layer_blocks / (room.resident * room.whole * row + room.windowed * near)
+        for room in rooms
+    )
     windowed = min(most, max(least, int(rows * near)))
     if _whole(rooms, windowed, wanted) < _blocks(wanted.context_tokens):
         windowed = min(windowed, max(least, _beside(rooms, _blocks(wanted.context_tokens))))
@@ -101,14 +107,14 @@ def _whole(rooms: Sequence[Room], windowed: int, wanted: Wanted) -> int:
         if free < 0:
             return 0
         if room.whole:
-            left = min(left, int(free / room.whole))
+            left = min(left, int(free / room.whole / room.resident))
     return left
 
 
 def _beside(rooms: Sequence[Room], whole: int) -> int:
     """Blocks for windowed layers beside so many for the others; below 0 if those do not fit."""
     return min(
-        math.floor((room.layer_blocks - room.whole * whole) / room.windowed)
+        math.floor((room.layer_blocks - room.resident * room.whole * whole) / room.windowed)
         for room in rooms
         if room.windowed
     )

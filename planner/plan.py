@@ -13,7 +13,7 @@ class StagePlan:
     weights_offloaded: int = 0
     """How many of its layers live in host memory or on disk, and stream through the device's."""
     kv_offloaded: float = 0.0
-    """Fraction of the slots' KV that is parked in host memory while they are elsewhere."""
+    """Share of its KV that a round fetches from where it is parked: see cost.resident_kv."""
 
     @property
     def layers(self) -> int:

@@ -34,14 +34,14 @@ def stage_step_s(
 ) -> float:
     """One step's seconds on a stage, LM head aside: (rows, context) decoded, (tokens, prompt) prefilled.
 
-    What streams from host memory does so beside the computing.
+    What streams from host memory or disk does so beside the computing.
     """
     step = step_layer_s(node, model, decodes, prefills, width)
     rows, context = decodes
-    streamed = stage.weights_offloaded * model.layer_bytes
+    weights = stage.weights_offloaded * model.layer_bytes
+    stream_s = weights / node.stream_bytes_per_s if weights else 0.0
     kv = rows * context * model.kv_bytes_per_token_layer * stage.layers
-    streamed += stage.kv_offloaded * kv
-    stream_s = streamed / node.stream_bytes_per_s if streamed else 0.0
+    stream_s += stage.kv_offloaded * kv / node.kv_stream_bytes_per_s if stage.kv_offloaded else 0.0
     return max(stage.layers * step, stream_s) + node.step_s
 
 

@@ -193,6 +193,8 @@ class ProbeFacts(_Strict):
     """Of pinned memory; 0 where the processor computes, which has no other memory."""
     disk_bytes_per_s: float
     """At which layers of this size stream from this node's disk; 0 where none can."""
+    parked_kv_bytes_per_s: float
+    """At which keys and values of a layer come back from where they are parked; 0 where none can."""
     disk_obstacle: str = ""
     """Why none can."""
     process_bytes: Count

@@ -37,6 +37,7 @@ SHIPPED_BYTES = 2**20
 SHIPMENTS = 64
 STREAMED_BYTES = 128 * 2**20
 MOST_STREAMED = 16
+PARKING_SLOTS = 4
 
 _NAMES: dict[torch.dtype, DType] = {
     torch.float32: "float32",
@@ -82,6 +83,7 @@ def probe(spec: ProbeSpec) -> ProbeFacts:
         device_free_bytes=free_bytes,
         host_to_device_bytes_per_s=_host_to_device_bytes_per_s(device),
         disk_bytes_per_s=disk_bytes_per_s,
+        parked_kv_bytes_per_s=_parked_kv_bytes_per_s(shard, spec),
         disk_obstacle=disk_obstacle,
         process_bytes=process_bytes,
         codec_ratio=ratio,
@@ -142,6 +144,42 @@ def _decode_s(shard: Shard, spec: ProbeSpec) -> float:
     cache.apply(Step(0, 0, spans, grants))
     hidden = _random(shard, spec.decode_rows, shard.facts.hidden)
     return _median_s(lambda: shard.forward(Step(0, 0, spans), hidden, cache), spec.repeats)
+
+
+def _parked_kv_bytes_per_s(shard: Shard, spec: ProbeSpec) -> float:
+    """Rate at which a layer's keys and values come back while slots go round and nothing is computed.
+
+    With more layers a block's bytes are more, and this the least that a stage will see; 0 where
+    nothing can be parked.
+    """
+    each = -(-(spec.context_tokens + 1) // BLOCK_TOKENS)
+    rows, blocks = spec.decode_rows, PARKING_SLOTS * spec.decode_rows * each
+    try:
+        cache = shard.new_cache(blocks, BLOCK_TOKENS, parked=1.0 - 2.0 / PARKING_SLOTS)
+    except StreamError:
+        return 0.0
+    assert cache.parking is not None, "there is a layer, and room for two slots of its blocks"
+    steps = []
+    for slot in range(PARKING_SLOTS):
+        numbers = range(slot * rows, (slot + 1) * rows)
+        grants = tuple(Grant(n, tuple(range(n * each, (n + 1) * each))) for n in numbers)
+        whole = tuple(Span(n, 0, spec.context_tokens, samples=False) for n in numbers)
+        decodes = tuple(Span(n, spec.context_tokens, 1, samples=False) for n in numbers)
+        cache.apply(Step(slot, slot, whole, grants))
+        cache.bring(Step(slot, slot, whole))
+        steps.append(Step(slot, slot, decodes))
+
+    def go_round() -> None:
+        for step in steps:
+            cache.apply(step)
+            cache.bring(step)
+        if shard.facts.device.type != "cpu":
+            torch.accelerator.synchronize(shard.facts.device)
+
+    go_round()
+    before = cache.parking.counts.bytes_back
+    go_round_s = _median_s(go_round, spec.repeats)
+    return (cache.parking.counts.bytes_back - before) / (spec.repeats + 1) / go_round_s
 
 
 def _codec(shard: Shard, spec: ProbeSpec) -> tuple[float, float]:

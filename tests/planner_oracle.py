@@ -51,7 +51,8 @@ def best_stage_s(
         weights = streamed * model.layer_bytes
         fetched = parked * layers * b * mean_context(work) * model.kv_bytes_per_token_layer
         to_device = node.host_to_device_bytes_per_s if node.host_bytes else node.disk_bytes_per_s
-        stream_s = (weights + fetched) / to_device if weights + fetched else 0.0
+        stream_s = weights / to_device if weights else 0.0
+        stream_s += fetched / (node.parked_kv_bytes_per_s or to_device) if fetched else 0.0
         life = max(prefill, weights / to_device if weights else 0.0)
         life += rounds * max(decode, stream_s) + beside
         best = min(best, life / b)
@@ -69,17 +70,22 @@ def _fits(
     """Whether (layers, streamed ones, parked fraction of KV) fits in device and host memory."""
     layers, streamed, parked = choice
     resident = layers - streamed + min(streamed, STREAM_BUFFERS)
-    device = resident * model.layer_bytes + layers * (1 - parked) * kv + fixed
-    host = streamed * model.layer_bytes + layers * parked * kv
+    if parked and model.window:
+        return False
+    # Slots that a round fetches share the room of two; the others have their own.
+    staying = (1 - parked) * (cell.in_flight - 1)
+    room = min(1.0, (staying + 2) / cell.in_flight) if parked else 1.0
+    device = resident * model.layer_bytes + layers * room * kv + fixed
+    host = streamed * model.layer_bytes + (layers * kv if parked else 0.0)
     if device > node.memory_bytes:
         return False
     if not node.host_bytes:
-        return not parked and (not streamed or node.disk_bytes_per_s > 0)
+        may_park = not parked or node.parked_kv_bytes_per_s > 0
+        return may_park and (not streamed or node.disk_bytes_per_s > 0)
     if host > node.host_bytes:
         return False
-    if parked and (1 - parked) * cell.in_flight < STREAM_BUFFERS:
-        return False
-    return not (streamed or parked) or node.host_to_device_bytes_per_s > 0
+    may_park = not parked or max(node.parked_kv_bytes_per_s, node.host_to_device_bytes_per_s) > 0
+    return may_park and (not streamed or node.host_to_device_bytes_per_s > 0)
 
 
 def link_costs(
@@ -278,6 +284,7 @@ def _random_node(pick: random.Random, i: int, layer_bytes: float, layers: int, n
         host_bytes=pick.choice([0.0, 4.0]) * share,
         host_to_device_bytes_per_s=pick.choice([0.0, 1e10, 3e10]),
         disk_bytes_per_s=pick.choice([0.0, 2e9]),
+        parked_kv_bytes_per_s=pick.choice([0.0, 5e9]),
         up_bytes_per_s=pick.choice([math.inf, 1e7]),
         step_s=pick.choice([0.0, 1e-3]),
     )

@@ -12,6 +12,7 @@ from flows.job import Job
 from flows.measure import Measured
 from flows.model import ModelFolder, open_model
 from flows.planning import make_plan, ring_of, workload
+from planner.cost import resident_kv
 from planner.facts import Cluster, CodecRate, Lengths, Link, ModelShape, Node, Workload
 from planner.plan import Pipeline, StagePlan
 from storage.prompts import PromptRow
@@ -142,3 +143,41 @@ def test_a_node_without_a_disk_to_stream_from_says_what_it_lacks(tight: Measured
     diskless = replace(tight, cluster=Cluster((replace(node, disk_bytes_per_s=0.0),)))
     with pytest.raises(JobError, match=r"no plan fits: memory is short by .* GB"):
         make_plan(diskless, NINETY)
+
+
+def far_apart(parked_kv_bytes_per_s: float) -> Measured:
+    """Two nodes with memory for their four layers and a few rows each, a second's way apart."""
+    nodes = tuple(
+        Node(
+            name=name, flop_per_s=1e12, memory_bytes=5.2e9, memory_bytes_per_s=1e10,
+            parked_kv_bytes_per_s=parked_kv_bytes_per_s,
+        )
+        for name in ("a", "b")
+    )  # fmt: skip
+    links = tuple(Link(x.name, y.name, 1.0, 1e9) for x, y in permutations(nodes, 2))
+    shape = ModelShape(
+        layers=8, hidden=64, layer_bytes=1e9, kv_bytes_per_token_layer=1e5,
+        activation_value_bytes=4, embedding_bytes=1e8, head_bytes=1e8, flop_per_token_layer=5e8,
+    )  # fmt: skip
+    return Measured(Cluster(nodes, links), shape, CodecRate(1.5, 1e9), "fast", 1, ())
+
+
+def test_stages_park_where_memory_for_rows_in_flight_binds_and_it_pays() -> None:
+    without, slow, quick = (make_plan(far_apart(rate), NINETY) for rate in (0.0, 1e7, 1e9))
+    assert slow.tokens_per_s == without.tokens_per_s
+    assert not any(stage.kv_offloaded for stage in slow.pipelines[0].stages)
+    assert quick.tokens_per_s > 2 * without.tokens_per_s
+    measured, [pipeline] = far_apart(1e9), quick.pipelines
+    ring = ring_of(pipeline, measured, TINY_CONTEXT, NINETY)
+    for stage in pipeline.stages:
+        room = resident_kv(stage.kv_offloaded, pipeline.in_flight)
+        kept = room * ring.blocks * ring.block_tokens * stage.layers * 1e5
+        assert stage.kv_offloaded
+        assert kept + stage.layers * 1e9 + 1e8 <= 5.2e9
+
+
+def test_a_job_with_room_for_its_rows_parks_nothing() -> None:
+    measured = far_apart(1e9)
+    roomy = tuple(replace(node, memory_bytes=1e11) for node in measured.cluster.nodes)
+    plan = make_plan(replace(measured, cluster=replace(measured.cluster, nodes=roomy)), NINETY)
+    assert not any(stage.kv_offloaded for stage in plan.pipelines[0].stages)
