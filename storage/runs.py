@@ -67,6 +67,7 @@ class ClusterNode(_Record):
     host_bytes: float | None = None
     host_to_device_bytes_per_s: float | None = None
     disk_bytes_per_s: float | None = None
+    parked_kv_bytes_per_s: float | None = None
     up_bytes_per_s: float | None = None
     down_bytes_per_s: float | None = None
 

@@ -164,6 +164,7 @@ NODE_SCHEMA = pa.schema(
         ("host_bytes", pa.float64()),
         ("host_to_device_bytes_per_s", pa.float64()),
         ("disk_bytes_per_s", pa.float64()),
+        ("parked_kv_bytes_per_s", pa.float64()),
         ("up_bytes_per_s", pa.float64()),
         ("down_bytes_per_s", pa.float64()),
     ]

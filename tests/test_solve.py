@@ -114,6 +114,7 @@ def _slower(node: Node, factor: float) -> Node:
         memory_bytes_per_s=node.memory_bytes_per_s / factor,
         host_to_device_bytes_per_s=node.host_to_device_bytes_per_s / factor,
         disk_bytes_per_s=node.disk_bytes_per_s / factor,
+        parked_kv_bytes_per_s=node.parked_kv_bytes_per_s / factor,
         up_bytes_per_s=node.up_bytes_per_s / factor,
         down_bytes_per_s=node.down_bytes_per_s / factor,
         step_s=node.step_s * factor,
