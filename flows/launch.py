@@ -282,7 +282,7 @@ class Fleet:
     def _spec(self, station: _Station) -> StageSpec:
         settings = self._settings
         host, port = self._reached_at(DRIVER, self._listener.address)
-        pipeline = self._pipelines[station.pipeline]
+        pipeline, ring = self._pipelines[station.pipeline], self.rings[station.pipeline]
         known = [self._identity, *(self._stations[name].identity for name in pipeline)]
         return StageSpec(
             run=settings.run,
@@ -298,9 +298,9 @@ class Fleet:
                 threads=settings.threads,
                 device=settings.device,
                 streamed_layers=station.plan.weights_offloaded,
-                parked_kv=1.0 - resident_kv(station.plan.kv_offloaded, settings.ring.slots),
+                parked_kv=1.0 - resident_kv(station.plan.kv_offloaded, ring.slots),
             ),
-            ring=self.rings[station.pipeline],
+            ring=ring,
             codec=station.codec,
             incoming_codec=station.incoming_codec,
             driver=DRIVER,
