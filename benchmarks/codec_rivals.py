@@ -13,7 +13,8 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from stages.codec import FAST, INT8, RAW, decode, encode
+from stages.codec import DENSE, FAST, INT8, RAW, AnyProfile, decode, encode
+from stages.codec_dense_profile import DenseProfile
 from stages.codec_profile import Profile
 
 Rows = NDArray[np.unsignedinteger[Any]]
@@ -35,12 +36,13 @@ class Coder:
     joined: Callable[[Any], bytes] = bytes
 
 
-def coders(dtype: str, profile: Profile) -> list[Coder]:
-    """Every coder that is at hand for the dtype; `profile` is of the same boundary."""
+def coders(dtype: str, profile: Profile, dense: DenseProfile | None) -> list[Coder]:
+    """Every coder that is at hand for the dtype; the profiles are of the same boundary."""
     return [
         _ours(RAW, RAW, dtype, None),
         _ours(FAST, FAST, dtype, None),
         _ours("fast, profile", FAST, dtype, profile),
+        *([_ours(DENSE, DENSE, dtype, dense)] if dense else []),
         _ours(INT8, INT8, dtype, None),
         _zstd3(),
         *([_zipnn(dtype)] if importlib.util.find_spec("zipnn") else []),
@@ -48,7 +50,7 @@ def coders(dtype: str, profile: Profile) -> list[Coder]:
     ]
 
 
-def _ours(name: str, level: str, dtype: str, profile: Profile | None) -> Coder:
+def _ours(name: str, level: str, dtype: str, profile: AnyProfile | None) -> Coder:
     known = {profile.id: profile} if profile else {}
     return Coder(
         name,

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from stages import codec_dense_kernel as kernel
 from stages.codec_coder import Buffer
 from stages.codec_dense_profile import (
-    CLASSES,
+    BLOCK,
     CONTEXTS,
     ESCAPE,
     MANTISSA_BITS,
     MAX_BIAS,
     MAX_PIVOTS,
+    MAX_WEIGHT,
     MAX_WEIGHTS,
     SLOTS,
     SYMBOLS,
@@ -29,10 +30,9 @@ from stages.codec_dense_profile import (
 
 SMALLEST_ROWS: Final = 1024
 
-FEWEST_PIVOTS: Final = 8
 COMPARED_CHANNELS: Final = 1024  # of a wide model, those among which pivots are sought
 CENTRE_ROWS: Final = 512
-RIDGE: Final = 0.01  # of each weight's variance, held against what a few rows make look related
+RIDGE: Final = 0.02  # of each weight's variance, held against what a few rows make look related
 PRIOR_COUNTS: Final = 16.0
 
 Reals = NDArray[np.float32]
@@ -45,8 +45,8 @@ def learned(buffer: Buffer, dtype: str, shape: Sequence[int]) -> DenseProfile:
     channels that forecasts would not pay.
     """
     channels = shape[-1] if shape else 0
-    pivots = min(MAX_PIVOTS, channels // 4, MAX_WEIGHTS // max(1, channels))
-    if dtype not in MANTISSA_BITS or pivots < FEWEST_PIVOTS:
+    pivots = min(MAX_PIVOTS, channels, MAX_WEIGHTS // max(1, channels)) // BLOCK * BLOCK
+    if dtype not in MANTISSA_BITS or not pivots:
         raise ValueError(f"{dtype} of {channels} channels has no use for a dense profile")
     x = upper(np.ascontiguousarray(buffer).reshape(-1).view(np.uint8), dtype)
     x = x.reshape(-1, channels)
@@ -71,21 +71,23 @@ def _related(dtype: str, centres: NDArray[np.uint16], values: Reals, count: int)
     means, deviations = values.mean(axis=0), values.std(axis=0) + 1e-3
     normal = (values - means) / deviations
     pivots = _pivots(normal, count)
-    others = np.setdiff1d(np.arange(len(centres)), pivots)
-    chosen = normal[:, pivots]
-    penalty = RIDGE * len(values) * np.eye(count, dtype=np.float32)
-    exact = np.linalg.solve(chosen.T @ chosen + penalty, chosen.T @ normal[:, others])
-    scaled = WEIGHT_ONE * exact * deviations[others] / deviations[pivots][:, None]
-    weights = np.clip(np.rint(scaled), -127, 127).astype(np.int8)
-    biases = WEIGHT_ONE * means[np.concatenate([pivots, others])]
-    biases[count:] -= means[pivots] @ weights
+    order = np.concatenate([pivots, np.setdiff1d(np.arange(len(centres)), pivots)])
+    related = normal[:, pivots].T @ normal[:, order] / len(normal)
+    related[:, :count] += RIDGE * np.eye(count, dtype=np.float32)
+    exact = np.zeros((count, len(centres)), np.float32)
+    for known in range(BLOCK, count + 1, BLOCK):
+        asked = slice(known, known + BLOCK if known < count else None)
+        exact[:known, asked] = np.linalg.solve(related[:known, :known], related[:known, asked])
+    scaled = WEIGHT_ONE * exact * deviations[order] / deviations[pivots][:, None]
+    weights = np.clip(np.rint(scaled), -MAX_WEIGHT, MAX_WEIGHT).astype(np.int8)
+    biases = WEIGHT_ONE * means[order] - means[pivots] @ weights
     biases = np.clip(np.rint(biases), -MAX_BIAS, MAX_BIAS).astype(np.int32)
     every = np.full((CONTEXTS, SYMBOLS), SLOTS // SYMBOLS, np.uint16)
     return DenseProfile(dtype, pivots.astype(np.uint32), centres, biases, every, weights)
 
 
 def _pivots(normal: Reals, count: int) -> NDArray[np.int64]:
-    """Channels, rising, each chosen as the one that leaves least of the others unexplained.
+    """Channels, each chosen as the one that leaves least of the others unexplained.
 
     That is a Cholesky decomposition of the correlations that picks its pivots greedily.
     """
@@ -93,13 +95,13 @@ def _pivots(normal: Reals, count: int) -> NDArray[np.int64]:
     compared = np.arange(channels)[:: -(-channels // COMPARED_CHANNELS)]
     left = normal[:, compared].T @ normal[:, compared] / len(normal)
     picked: list[int] = []
-    for _ in range(min(count, len(compared))):
+    for _ in range(count):
         gains = np.einsum("ij,ij->j", left, left) / (np.diagonal(left) + 1e-2)
         gains[picked] = -1.0
         best = int(gains.argmax())
         picked.append(best)
         left -= np.outer(left[:, best], left[best]) / (left[best, best] + 1e-3)
-    return np.sort(compared[picked])
+    return compared[picked]
 
 
 def _with_counts(x: Elements, profile: DenseProfile) -> DenseProfile:
@@ -107,9 +109,8 @@ def _with_counts(x: Elements, profile: DenseProfile) -> DenseProfile:
     symbols, contexts, _, _ = described(x, profile)
     entries = contexts.astype(np.int64) * SYMBOLS + symbols
     seen = np.bincount(entries, minlength=CONTEXTS * SYMBOLS).reshape(CONTEXTS, SYMBOLS)
-    together = seen.reshape(2, CLASSES, SYMBOLS).sum(axis=1) + 1e-3
-    prior = np.repeat(together / together.sum(axis=1, keepdims=True), CLASSES, axis=0)
-    shares = seen + PRIOR_COUNTS * prior
+    together = seen.sum(axis=0) + 1e-3
+    shares = seen + PRIOR_COUNTS * together / together.sum()
     shares *= SLOTS / shares.sum(axis=1, keepdims=True)
     counts = np.rint(shares).astype(np.int64)
     counts[:, 2 * ESCAPE :] = np.maximum(counts[:, 2 * ESCAPE :], 1)

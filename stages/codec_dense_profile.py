@@ -1,16 +1,16 @@
 """What the dense level knows of a boundary: how its channels depend on a few of them, and how far.
 
 A hidden state has fewer degrees of freedom than channels. Of each row some channels, the pivots, come
-first; from them a linear forecast says about what the others will be, and so in which table of counts
-the sign and the magnitude of each are coded short. Magnitudes are in steps of half an octave: an
-element's exponent and its mantissa's first bit.
+first, sixteen at a time; from those that came before, a linear forecast says about what a channel will
+be, and so in which table of counts its sign and magnitude are coded short. Magnitudes are in steps of
+half an octave: an element's exponent and its mantissa's first bit.
 
 All of it is learned by the sender, once, off its data path, and sent as any profile is:
 
     "WD" | version u8 | dtype u8 | channels u32 | pivots u32 | mode u8 | body, as a plane is stored
 
     body: pivots' channels u32, each | channels' centres u16, each | biases i32, each
-          counts u16, of each context and symbol | weights i8 (pivots, other channels)
+          counts u16, of each context and symbol | weights i8 (pivots, channels)
 """
 
 import struct
@@ -27,16 +27,17 @@ from stages import codec_coder
 from stages.errors import FrameError
 
 SYMBOLS: Final = 128  # of a table: 64 steps of magnitude times two signs
-CLASSES: Final = 14  # of a forecast's size, in steps of half an octave
-CONTEXTS: Final = 2 * CLASSES  # those of pivots, then those of the other channels
+CONTEXTS: Final = 14  # classes of a forecast's size, in steps of half an octave
 ESCAPE: Final = 63  # the step that says: the magnitude stands elsewhere
 BELOW: Final = 48  # steps that a magnitude may lie below its channel's centre
 SCALE_BITS: Final = 12
 SLOTS: Final = 1 << SCALE_BITS
-FIXED_LIMIT: Final = 1023  # of an element as a fixed-point number, 16 to 32 at its channel's centre
+FIXED_LIMIT: Final = 511  # of an element as a fixed-point number, 16 to 32 at its channel's centre
+MAX_WEIGHT: Final = 127
 WEIGHT_ONE: Final = 64  # a weight of 1; a forecast is in as many parts of a fixed-point number
 
-MAX_PIVOTS: Final = 128
+BLOCK: Final = 16  # pivots that come at a time
+MAX_PIVOTS: Final = 256
 MAX_WEIGHTS: Final = 2**18  # of one profile: what it may cost to send
 MAX_BIAS: Final = 2**17  # with all weights and pivots at their limits, sums stay below 2**24
 
@@ -61,7 +62,7 @@ class Model(NamedTuple):
     order: NDArray[np.int32]
     """The channels as they are coded: the pivots, then the others."""
     weights: NDArray[np.float32]
-    """(pivots, other channels)."""
+    """(pivots, channels in that order)."""
     biases: NDArray[np.float32]
     """Of each channel in that order."""
     counts: Counts
@@ -78,7 +79,7 @@ class DenseProfile:
 
     dtype: str
     pivots: NDArray[np.uint32]
-    """Channels that each row begins with, rising."""
+    """Channels that each row begins with, in that order."""
     centres: NDArray[np.uint16]
     """Of each channel, the usual magnitude."""
     biases: NDArray[np.int32]
@@ -86,7 +87,7 @@ class DenseProfile:
     counts: Counts
     """(contexts, symbols): how many of the SLOTS each symbol has."""
     weights: NDArray[np.int8]
-    """(pivots, other channels): what each pivot adds to a forecast."""
+    """(pivots, channels in coding order): what a pivot adds to the forecasts after its block."""
 
     @cached_property
     def id(self) -> int:
@@ -145,31 +146,33 @@ class DenseProfile:
         magic, version, dtype, channels, pivots, mode = _START.unpack_from(announced)
         if magic != _MAGIC or version != 1 or dtype >= len(_DTYPES):
             raise FrameError(f"not a dense profile of version 1: starts with {announced[:4]!r}")
-        if not 0 < pivots <= MAX_PIVOTS or not pivots < channels <= max_channels:
+        fits = 0 < pivots <= min(MAX_PIVOTS, channels) and pivots % BLOCK == 0
+        if not fits or channels > max_channels:
             raise FrameError(f"no dense profile has {pivots} pivots of {channels} channels")
-        if pivots * (channels - pivots) > MAX_WEIGHTS:
+        if pivots * channels > MAX_WEIGHTS:
             raise FrameError(f"{pivots} pivots of {channels} channels have too many weights")
         sizes = (4 * pivots, 2 * channels, 4 * channels, 2 * CONTEXTS * SYMBOLS)
-        size = sum(sizes) + pivots * (channels - pivots)
+        size = sum(sizes) + pivots * channels
         body = codec_coder.unpack(mode, memoryview(announced)[_START.size :], size)
         parts = np.split(body, np.cumsum(sizes))
         profile = cls(
             _DTYPES[dtype],
             *(parts[0].view("<u4"), parts[1].view("<u2"), parts[2].view("<i4")),
             parts[3].view("<u2").reshape(CONTEXTS, SYMBOLS),
-            parts[4].view("i1").reshape(pivots, channels - pivots),
+            parts[4].view("i1").reshape(pivots, channels),
         )
         profile._check()
         return profile
 
     def _check(self) -> None:
         """Raise FrameError where coding with these arrays would make no sense."""
-        steps = np.diff(self.pivots.astype(np.int64))
-        if (steps <= 0).any() or self.pivots[-1] >= self.channels:
-            raise FrameError("the pivots of a dense profile are no rising channels")
+        if self.pivots.max() >= self.channels or len(set(self.pivots.tolist())) < len(self.pivots):
+            raise FrameError("the pivots of a dense profile are no channels, or one is twice")
         largest = 0x7FFF >> MANTISSA_BITS[self.dtype] - 1
         if self.centres.max() > largest or abs(self.biases.astype(np.int64)).max() > MAX_BIAS:
             raise FrameError("a centre or a bias of a dense profile is out of bounds")
+        if (self.weights < -MAX_WEIGHT).any():
+            raise FrameError("a weight of a dense profile is out of bounds")
         if (self.counts.sum(axis=1, dtype=np.int64) != SLOTS).any():
             raise FrameError("the counts of a dense profile do not fill their slots")
         if (self.counts[:, 2 * ESCAPE :] == 0).any():

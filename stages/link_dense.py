@@ -9,7 +9,7 @@ from stages.codec_dense_profile import DenseProfile
 
 log = logging.getLogger(__name__)
 
-LEARNING_ROWS: Final = 4096  # what to wait for: half as many teach a fifth less
+LEARNING_ROWS: Final = 8192  # what to wait for: half as many teach a fifth less
 MAX_LEARNING_BYTES: Final = 64 * 2**20  # kept until then; a wide model's profile makes do with less
 
 
