@@ -156,22 +156,22 @@ def measure(activations: Activations, dtype: str, size: int, repetitions: int) -
 
 def dense_gains(activations: Activations) -> list[Claim]:
     """The dense level's ratio over the fast one's, both with their profiles; medians over layers."""
-    claims: list[Claim] = []
+    found: list[Claim] = []
     kinds = {"prompts": True, "decode rows of many texts": False}
-    for dtype, (kind, together), size in product(DTYPES, kinds.items(), DENSE_SIZES):
-        gains = []
-        for layer in picked_layers(activations):
-            rows = activations.bits(layer, dtype)
-            fast, dense = profiles_of(rows, dtype)
-            frames = frames_of(rows, size, DENSE_FRAMES, together=together)
-            coded = [
-                sum(encode(each, dtype, each.shape, *how).nbytes for each in frames)
-                for how in ((FAST, fast), (DENSE, dense))
-            ]
-            gains.append(coded[0] / coded[1])
-        claim = f"{activations.name}, {dtype}, {size // 1024} KiB, {kind}: ratio of dense over fast"
-        claims.append((claim, median(gains), 1.03 if dtype == "bfloat16" else None, "ratio"))
-    return claims
+    for dtype in DTYPES:
+        layers = [activations.bits(layer, dtype) for layer in picked_layers(activations)]
+        known = [(rows, *profiles_of(rows, dtype)) for rows in layers]
+        for (kind, together), size in product(kinds.items(), DENSE_SIZES):
+            gains = []
+            for rows, fast, dense in known:
+                frames = frames_of(rows, size, DENSE_FRAMES, together=together)
+                usual = sum(encode(f, dtype, f.shape, FAST, fast).nbytes for f in frames)
+                densely = sum(encode(f, dtype, f.shape, DENSE, dense).nbytes for f in frames)
+                gains.append(usual / densely)
+            what = f"{activations.name}, {dtype}, {size // 1024} KiB, {kind}"
+            least = 1.03 if dtype == "bfloat16" else None
+            found.append((f"{what}: ratio of dense over fast", median(gains), least, "ratio"))
+    return found
 
 
 def measure_layer(
