@@ -20,7 +20,7 @@ from planner.facts import Cluster, Workload
 from planner.large import STEADY, solve_large
 from planner.problem import problem
 from planner.replan import replan
-from planner.ring import Found
+from planner.problem import Found
 from planner.solve import solve
 
 T = TypeVar("T")

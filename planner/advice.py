@@ -32,7 +32,7 @@ def advise(
     fast, and half as much memory again on each node of that pipeline.
     """
     given = problem(cluster, model, workload)
-    slowest = max(plan.pipelines, key=lambda pipeline: judged(given, pipeline).row_s)
+    slowest = max(plan.pipelines, key=lambda pipeline: judged(given, pipeline).split.row_s)
     changes = [_one_more_node(cluster), *_faster_links(given, slowest)]
     changes.extend(_more_memory(cluster, stage.node) for stage in slowest.stages)
     advice = []

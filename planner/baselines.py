@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.chain import Split
+from planner.chain import split_as
 from planner.cost import Cell, Role, kv_layer_bytes, mean_context, stage_table
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.grid import MICRO_BATCH_ROWS, cells
@@ -34,8 +34,7 @@ from planner.placement import (
     water_fill,
 )
 from planner.plan import Plan
-from planner.problem import Problem, problem, ring_in
-from planner.ring import Found
+from planner.problem import Found, Problem, problem, ring_in
 from planner.routing import Hop, chains_by_capacity, shortest_route
 from planner.solve import plan_of
 
@@ -90,12 +89,9 @@ def _ring(given: Problem, tried: Sequence[Cell], chain: Chain) -> Found | None:
         if cell.draft_len:
             continue
         ring = ring_in(given, cell, order)
-        stages = ring.busy_s[np.arange(len(order)), np.array(layers) - 1]
-        occupied, hops = ring.occupied_s[:, 0], ring.hop_s[:, 0]
-        life = float(stages.sum()) * cell.micro_batch_rows + float(hops.sum())
-        row_s = max(float(stages.max()), float(occupied.max(initial=0.0)), life / cell.rows)
-        if row_s < (best.split.row_s if best else float("inf")):
-            best = Found(cell, order, Split(row_s, life, layers, (0,) * len(occupied)))
+        split = split_as(ring, layers, (0,) * len(ring.occupied_s))
+        if split.row_s < (best.split.row_s if best else float("inf")):
+            best = Found(cell, order, split)
     return best
 
 

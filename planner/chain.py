@@ -22,6 +22,9 @@ class Ring:
     """
 
     busy_s: Floats
+    """Seconds per row that a stage is busy; of replicas, the busiest."""
+    stay_s: Floats
+    """Seconds per row that a row spends being computed there: the same, but for replicas the mean."""
     occupied_s: Floats
     hop_s: Floats
     micro_batch_rows: int
@@ -65,33 +68,38 @@ def _candidates(ring: Ring) -> Floats:
 
 def split_within(ring: Ring, longest_s: float) -> Split | None:
     """The split of least life in which no stage or link is busy for longer than `longest_s`."""
-    layers = fill(ring.busy_s, longest_s, ring.busy_s.shape[1])
+    most = (ring.busy_s <= longest_s).sum(axis=1)
+    layers = fill(ring.stay_s, most, ring.busy_s.shape[1])
     if layers is None:
         return None
-    codecs: tuple[int, ...] = ()
-    links_s = longest = 0.0
-    if ring.occupied_s.size:
-        hops = np.where(ring.occupied_s <= longest_s, ring.hop_s, np.inf)
-        chosen = hops.argmin(axis=1)
-        at = np.arange(len(chosen))
-        links_s, longest = float(hops[at, chosen].sum()), float(ring.occupied_s[at, chosen].max())
-        codecs = tuple(int(c) for c in chosen)
-    if not np.isfinite(links_s):
+    if not ring.occupied_s.size:
+        return split_as(ring, layers, ())
+    hops = np.where(ring.occupied_s <= longest_s, ring.hop_s, np.inf)
+    if not np.isfinite(hops.min(axis=1)).all():
         return None
-    stages_s = ring.busy_s[np.arange(len(layers)), np.array(layers) - 1]
-    life_s = float(stages_s.sum()) * ring.micro_batch_rows + links_s
-    row_s = max(longest, float(stages_s.max()), life_s / (ring.micro_batch_rows * ring.in_flight))
+    return split_as(ring, layers, tuple(int(c) for c in hops.argmin(axis=1)))
+
+
+def split_as(ring: Ring, layers: tuple[int, ...], codecs: tuple[int, ...]) -> Split:
+    """What follows of these layers and codecs; infinite where the ring cannot run so."""
+    stages = np.arange(len(layers)), np.array(layers) - 1
+    links = np.arange(len(codecs)), np.array(codecs, np.int64)
+    life_s = float(ring.stay_s[stages].sum()) * ring.micro_batch_rows
+    life_s += float(ring.hop_s[links].sum())
+    longest_s = max(
+        float(ring.busy_s[stages].max()), float(ring.occupied_s[links].max(initial=0.0))
+    )
+    row_s = max(longest_s, life_s / (ring.micro_batch_rows * ring.in_flight))
     return Split(row_s, life_s, layers, codecs)
 
 
-def fill(busy_s: Floats, longest_s: float, layers: int) -> tuple[int, ...] | None:
-    """Layers per stage, at least one each, of least total busy time with none above `longest_s`."""
-    most = (busy_s <= longest_s).sum(axis=1)
+def fill(stay_s: Floats, most: Ints, layers: int) -> tuple[int, ...] | None:
+    """Layers per stage, at least one and at most so many each, of least total time."""
     if most.min() < 1 or most.sum() < layers or len(most) > layers:
         return None
-    if _convex(busy_s, most):
-        return _fill_fastest_first(busy_s, most, layers)
-    return _fill_by_table(busy_s, most, layers)
+    if _convex(stay_s, most):
+        return _fill_fastest_first(stay_s, most, layers)
+    return _fill_by_table(stay_s, most, layers)
 
 
 def _convex(busy_s: Floats, most: Ints) -> bool:

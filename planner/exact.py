@@ -14,8 +14,8 @@ import numpy as np
 from planner.cost import Cell, Floats, Ints
 from planner.grid import cells
 from planner.orders import widest_paths
-from planner.problem import CellCosts, Problem, cell_costs
-from planner.ring import Found, solve_ring
+from planner.problem import CellCosts, Found, Problem, cell_costs
+from planner.ring import solve_ring
 from planner.subset_bounds import least_hops, subset_bounds
 
 EXACT_NODES = 12

@@ -4,25 +4,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.chain import Split
-from planner.cost import Cell, Role, mean_context
+from planner.cost import Cell, mean_context
 from planner.layer_times import decode_layer_s, prefill_layer_s
-from planner.plan import Pipeline, Plan
-from planner.problem import CellCosts, Problem, roles
+from planner.plan import Pipeline, Plan, StagePlan
+from planner.problem import Found, Problem, ring_in, stages_in
+from planner.replicas import stages_of
 
+REPLICATED = (
+    "Nodes with the same layers are replicas: each computes the slots dealt to it. A run plans "
+    "without them, as its ring does not deal slots yet."
+)
 TIED = 0.98
 """A cost this close to the longest one binds too."""
 
 
-def binding_words(given: Problem, costs: CellCosts, order: tuple[int, ...], split: Split) -> str:
+def binding_words(given: Problem, found: Found) -> str:
     """What limits a pipeline: its slowest stage, its slowest link, or what is in flight."""
-    ring = costs.ring(order)
-    stages = ring.busy_s[np.arange(len(order)), np.array(split.layers) - 1]
-    worst_stage = int(stages.argmax())
-    names = [given.nodes[i].name for i in order]
+    ring = ring_in(given, found.cell, found.order, found.dealt)
+    split, places = found.split, stages_of(len(found.order), found.dealt)
+    stages = ring.busy_s[np.arange(len(places)), np.array(split.layers) - 1]
+    names = [" + ".join(given.nodes[found.order[i]].name for i in stage) for stage in places]
     words: list[str] = []
-    if stages[worst_stage] >= TIED * split.row_s:
-        words.append(_stage_words(costs, order, split, worst_stage, names[worst_stage]))
+    if stages.max() >= TIED * split.row_s:
+        words.append(_stage_words(given, found, int(stages.argmax()), float(stages.max())))
     for link, codec in enumerate(split.codecs):
         if ring.occupied_s[link, codec] >= TIED * split.row_s:
             ends = f"{names[link]} -> {names[(link + 1) % len(names)]}"
@@ -30,7 +34,7 @@ def binding_words(given: Problem, costs: CellCosts, order: tuple[int, ...], spli
                 f"link {ends} is busy {_seconds(ring.occupied_s[link, codec])} for every row"
             )
     if not words:
-        cell = costs.cell
+        cell = found.cell
         words.append(
             f"in flight: a row lives {_seconds(split.life_s)} in the ring, and only "
             f"{cell.rows} rows ({cell.in_flight} x {cell.micro_batch_rows}) are in it at a time"
@@ -38,15 +42,18 @@ def binding_words(given: Problem, costs: CellCosts, order: tuple[int, ...], spli
     return "; ".join(words)
 
 
-def _stage_words(
-    costs: CellCosts, order: tuple[int, ...], split: Split, stage: int, name: str
-) -> str:
-    role = roles(len(order))[stage]
-    table, layers = costs.stages[role], split.layers[stage]
-    busy = table.busy_s[order[stage], layers - 1]
-    ends = "s and the LM head" if Role.LAST in role else "s" if layers > 1 else ""
-    words = f"node {name}: its {layers} layer{ends} take {_seconds(busy)} for every row"
-    offloaded = int(table.weights_offloaded[order[stage], layers - 1])
+def _stage_words(given: Problem, found: Found, stage: int, busy_s: float) -> str:
+    places, layers = stages_of(len(found.order), found.dealt), found.split.layers[stage]
+    tables = list(stages_in(given, found.cell, found.order, found.dealt))
+    parts = {place: len(found.dealt[place]) if found.dealt else 1 for place in places[stage]}
+    worst = max(parts, key=lambda at: parts[at] * tables[at][0].busy_s[tables[at][1], layers - 1])
+    table, row = tables[worst]
+    ends = "s and the LM head" if stage == len(places) - 1 else "s" if layers > 1 else ""
+    words = f"node {given.nodes[found.order[worst]].name}: its {layers} layer{ends} take "
+    words += f"{_seconds(busy_s)} for every row"
+    if len(parts) > 1:
+        words += f", of which it computes {parts[worst]} in {found.cell.in_flight}"
+    offloaded = int(table.weights_offloaded[row, layers - 1])
     return words + (f", {offloaded} layers streaming" if offloaded else "")
 
 
@@ -96,6 +103,8 @@ def explain(plan: Plan, advice: Sequence[object] = ()) -> str:
     ]
     for number, pipeline in enumerate(plan.pipelines):
         lines.append(f"Pipeline {number}: {_ring_words(pipeline)}.")
+    if any(pipeline.replicated for pipeline in plan.pipelines):
+        lines.append(REPLICATED)
     if advice:
         lines.append("What would help most:")
         lines.extend(f"  {change}" for change in advice)
@@ -103,18 +112,22 @@ def explain(plan: Plan, advice: Sequence[object] = ()) -> str:
 
 
 def _ring_words(pipeline: Pipeline) -> str:
-    hops = [
-        f"{stage.node} layers {stage.first_layer}-{stage.end_layer}"
-        + (f" ({stage.weights_offloaded} streamed)" if stage.weights_offloaded else "")
-        + (f" ({stage.kv_offloaded:.0%} of KV parked)" if stage.kv_offloaded else "")
-        for stage in pipeline.stages
-    ]
+    hops = [" beside ".join(map(_hop_words, replicas)) for replicas in pipeline.ranges]
     coded = {link.codec for link in pipeline.links} - {"raw"}
     return (
         " -> ".join(hops)
         + f"; {under_way(pipeline)}"
         + (f"; codec {', '.join(sorted(coded))}" if coded else "")
         + (f"; {pipeline.draft_len} drafted tokens" if pipeline.draft_len else "")
+    )
+
+
+def _hop_words(stage: StagePlan) -> str:
+    return (
+        f"{stage.node} layers {stage.first_layer}-{stage.end_layer}"
+        + (f" for {_count(len(stage.slots), 'slot')}" if stage.slots else "")
+        + (f" ({stage.weights_offloaded} streamed)" if stage.weights_offloaded else "")
+        + (f" ({stage.kv_offloaded:.0%} of KV parked)" if stage.kv_offloaded else "")
     )
 
 

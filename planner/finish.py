@@ -12,8 +12,7 @@ import numpy as np
 from planner.cost import Floats, tokens_per_round
 from planner.lengths import survival
 from planner.plan import Pipeline
-from planner.problem import Problem, among, cell_costs, load_s, pass_s, pipeline_of
-from planner.ring import Found
+from planner.problem import Found, Problem, among, load_s, pass_s, pipeline_of
 from planner.rounds import round_s, steady
 
 POINTS = 12
@@ -72,8 +71,7 @@ def courses(given: Problem, rings: list[Found]) -> list[Course]:
 
 def _course(given: Problem, ring: Found, waves: float) -> Course:
     own, cell = among(given, ring.order), ring.cell
-    costs = cell_costs(own, cell)
-    pipeline = pipeline_of(own, costs, tuple(range(len(ring.order))), ring.split)
+    pipeline = pipeline_of(given, ring)
     full, bare_s = steady(own, pipeline), round_s(own, pipeline, cell.rows)
     left = cell.rows * min(waves, 1.0) * _tail(own, waves, 1.0 - bare_s / full.round_s)
     tail_s = _rounds_s(own, pipeline, left) / tokens_per_round(own.work.acceptance, cell.draft_len)

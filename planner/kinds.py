@@ -12,8 +12,7 @@ import numpy as np
 
 from planner.chain import best_split
 from planner.cost import Cell, Floats, Ints, Role
-from planner.problem import CellCosts, Problem, cell_costs
-from planner.ring import Found
+from planner.problem import CellCosts, Found, Problem, cell_costs
 from planner.subset_bounds import least_row_s, row_times
 
 MOST_COUNTS = 1_000

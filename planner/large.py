@@ -17,8 +17,8 @@ from planner.exact import EXACT_NODES, solve_exactly
 from planner.grid import cells
 from planner.network import Network, codec_options
 from planner.orders import groups_of
-from planner.problem import CellCosts, Problem, among, cell_costs, ring_in
-from planner.ring import Found, solve_ring
+from planner.problem import CellCosts, Found, Problem, again, among, cell_costs
+from planner.ring import solve_ring
 from planner.subset_bounds import at_most_held, held_within
 
 TARGETS = 40
@@ -266,9 +266,9 @@ def _best_cell(given: Problem, tried: tuple[Cell, ...], ring: Found) -> Found:
     while improved:
         improved = False
         for cell in _neighbours(tried, ring.cell):
-            split = best_split(ring_in(given, cell, ring.order))
-            if split and split.row_s < ring.split.row_s * (1 - 1e-6):
-                ring, improved = Found(cell, ring.order, split), True
+            other = again(given, ring, cell)
+            if other and other.split.row_s < ring.split.row_s * (1 - 1e-6):
+                ring, improved = other, True
     return ring
 
 

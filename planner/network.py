@@ -1,11 +1,12 @@
 """Links as matrices over the nodes' order, and what they cost in one cell."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from planner.cost import Cell, Floats, forward_link, return_link
-from planner.facts import Cluster, CodecRate, ModelShape, Workload
+from planner.facts import Cluster, CodecRate, ModelShape, Node, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,19 @@ class NetworkCost:
     hop_s: Floats
     return_occupied_s: Floats
     return_hop_s: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class PortCost:
+    """What nodes' own ways out and in cost a row, with its coding: forward (codecs, n), return (n,).
+
+    One link never costs less than its ports; of several that share one, each takes its part of it.
+    """
+
+    out_s: Floats
+    into_s: Floats
+    return_out_s: Floats
+    return_into_s: Floats
 
 
 def network(cluster: Cluster) -> Network:
@@ -72,4 +86,21 @@ def network_cost(net: Network, model: ModelShape, work: Workload, cell: Cell) ->
         np.stack([cost.hop_s for cost in forward]),
         back.occupied_s,
         back.hop_s,
+    )
+
+
+def port_cost(nodes: Sequence[Node], model: ModelShape, work: Workload, cell: Cell) -> PortCost:
+    """What a row costs the ports of these nodes, for each codec."""
+    none = np.zeros(len(nodes))
+    up, down = (
+        np.array(rates, np.float64)
+        for rates in ([n.up_bytes_per_s for n in nodes], [n.down_bytes_per_s for n in nodes])
+    )
+    forward = [
+        [forward_link(none, rate, codec, model, work, cell).occupied_s for rate in (up, down)]
+        for _, codec in codec_options(work)
+    ]
+    back = [return_link(none, rate, work, cell).occupied_s for rate in (up, down)]
+    return PortCost(
+        np.stack([out for out, _ in forward]), np.stack([into for _, into in forward]), *back
     )

@@ -1,6 +1,7 @@
 """A plan: all pipelines and their settings, what it will cost, and how sure that is."""
 
 from dataclasses import asdict, dataclass
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,8 @@ class StagePlan:
     """How many of its layers live in host memory or on disk, and stream through the device's."""
     kv_offloaded: float = 0.0
     """Share of its KV that a round fetches from where it is parked: see cost.resident_kv."""
+    slots: tuple[int, ...] = ()
+    """The pipeline's slots that it computes, where replicas share them; empty: all."""
 
     @property
     def layers(self) -> int:
@@ -31,7 +34,11 @@ class LinkPlan:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Stages that together hold the model, in ring order, and how work goes round them."""
+    """Stages that together hold the model, in ring order, and how work goes round them.
+
+    Replicas stand side by side: stages with the same layers, each with slots of its own. A slot's rows
+    pass the same replica on every round, whose link to the next carries the slots that both have.
+    """
 
     stages: tuple[StagePlan, ...]
     links: tuple[LinkPlan, ...]
@@ -39,6 +46,17 @@ class Pipeline:
     in_flight: int
     """Micro-batches that circulate at once: the ring's slots."""
     draft_len: int = 0
+
+    @property
+    def ranges(self) -> tuple[tuple[StagePlan, ...], ...]:
+        """The stages by layer range, in ring order; several of one range are replicas."""
+        found = groupby(self.stages, key=lambda stage: stage.first_layer)
+        return tuple(tuple(stages) for _, stages in found)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether any layer range has replicas: a ring must then deal slots to them."""
+        return any(stage.slots for stage in self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +80,11 @@ class Plan:
 
 
 def as_mapping(plan: Plan) -> dict[str, object]:
-    """The plan as JSON shows it; a link's ends are its `from` and `to`."""
+    """The plan as JSON shows it; a link's ends are its `from` and `to`; replicas have `slots`."""
     return {
         "pipelines": [
             {
-                "stages": [asdict(stage) for stage in pipeline.stages],
+                "stages": [_stage_mapping(stage) for stage in pipeline.stages],
                 "links": [
                     {"from": link.source, "to": link.target, "codec": link.codec}
                     for link in pipeline.links
@@ -85,3 +103,7 @@ def as_mapping(plan: Plan) -> dict[str, object]:
         "binding": plan.binding,
         "basis": plan.basis,
     }
+
+
+def _stage_mapping(stage: StagePlan) -> dict[str, object]:
+    return {key: value for key, value in asdict(stage).items() if key != "slots" or stage.slots}

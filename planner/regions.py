@@ -17,8 +17,7 @@ from planner.cost import Cell, Floats, Role, stage_table
 from planner.network import network_cost
 from planner.orders import groups_of, short_path
 from planner.packing import best_packing
-from planner.problem import CellCosts, Problem, among, cell_costs
-from planner.ring import Found
+from planner.problem import CellCosts, Found, Problem, among, cell_costs
 from planner.subset_bounds import (
     MEMBERS,
     fastest_row_s,

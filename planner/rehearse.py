@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from planner.baselines import baseline
-from planner.chain import best_split
 from planner.cost import Cell
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.grid import cells
 from planner.plan import Plan
-from planner.problem import Problem, problem, ring_in
-from planner.ring import Found, rings_of
+from planner.problem import Problem, again, problem
+from planner.ring import rings_of
 from planner.rows import Row
 from planner.simulate import simulate
 from planner.solve import best_rings, plan_of, solve
@@ -170,10 +169,10 @@ def _moved(given: Problem, plan: Plan, pipeline: int, step: tuple[int, int]) -> 
     cell = _neighbour(cells(given.work), ring.cell, step)
     if cell is None:
         return None
-    split = best_split(ring_in(given, cell, ring.order))
-    if split is None:
+    moved = again(given, ring, cell)
+    if moved is None:
         return None
-    rings[pipeline] = Found(cell, ring.order, split)
+    rings[pipeline] = moved
     return plan_of(given, rings, 0.0)
 
 

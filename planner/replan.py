@@ -13,8 +13,8 @@ from planner.grid import cells
 from planner.infeasible import why_none
 from planner.large import HASTY, solve_large
 from planner.plan import Pipeline, Plan, StagePlan
-from planner.problem import Problem, among, problem
-from planner.ring import Found, rings_of
+from planner.problem import Found, Problem, among, problem
+from planner.ring import rings_of
 from planner.solve import best_rings, compute_bound, plan_of
 
 EXACT_SOON = 10

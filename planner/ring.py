@@ -7,27 +7,13 @@ import numpy as np
 
 from planner.bounds import head_s
 from planner.chain import Split, best_split, convex_minorant, fill, least_fill_s
-from planner.cost import Cell, Floats, Role
+from planner.cost import Floats, Role
 from planner.orders import path_s, path_table, short_path, trace_path
 from planner.plan import Plan
-from planner.problem import CellCosts, Problem, cell_of, judged, order_of
+from planner.problem import CellCosts, Found, Problem, judged
 
 QUICK_STARTS = 3
 """Nodes from which a short path is tried before the table of all subsets is built."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A ring: its nodes in order, its split, and the cell it is in."""
-
-    cell: Cell
-    order: tuple[int, ...]
-    """Nodes, by their number in the cluster."""
-    split: Split
-
-    @property
-    def rows_per_s(self) -> float:
-        return 1.0 / self.split.row_s
 
 
 def rings_of(given: Problem, plan: Plan) -> list[Found]:
@@ -36,9 +22,9 @@ def rings_of(given: Problem, plan: Plan) -> list[Found]:
     rings = []
     for pipeline in plan.pipelines:
         if all(stage.node in names for stage in pipeline.stages):
-            split = judged(given, pipeline)
-            if np.isfinite(split.row_s):
-                rings.append(Found(cell_of(pipeline), order_of(given, pipeline), split))
+            ring = judged(given, pipeline)
+            if np.isfinite(ring.split.row_s):
+                rings.append(ring)
     return rings
 
 
@@ -278,7 +264,7 @@ def _compute_life(
         return np.inf
     suggested = float(busy[np.arange(len(busy)), np.array(split) - 1].sum())
     if suggested > least * (1 + 1e-12) and suggested * own.micro_batch_rows > enough_s:
-        exact = fill(busy, longest_s, layers)
+        exact = fill(busy, most, layers)
         assert exact is not None, "the layers were counted a moment ago"
         suggested = float(busy[np.arange(len(busy)), np.array(exact) - 1].sum())
     return suggested * own.micro_batch_rows

@@ -16,8 +16,8 @@ from planner.cost import (
 from planner.facts import ModelShape, Node, Workload
 from planner.layer_times import head_s, step_layer_s
 from planner.lengths import survival
-from planner.plan import Pipeline, StagePlan
-from planner.problem import Problem, cell_of, order_of
+from planner.plan import LinkPlan, Pipeline, StagePlan
+from planner.problem import Problem, cell_of
 from planner.schedule import CHUNK_TOKENS
 
 CHUNKS_PER_STEP = 2
@@ -100,23 +100,54 @@ def steady(given: Problem, pipeline: Pipeline) -> Steady:
 def _stations(
     given: Problem, pipeline: Pipeline, rows: float, chunk: float
 ) -> tuple[Floats, float]:
-    """Seconds that a step of so many rows and a chunk keeps each station busy, and is on its way."""
-    width, prompt = pipeline.draft_len + 1, given.work.prompt_tokens.mean
-    at, decodes = order_of(given, pipeline), (rows, mean_context(given.work))
-    stages_s = [
-        stage_step_s(given.nodes[i], stage, given.model, decodes, (chunk, prompt), width)
-        for i, stage in zip(at, pipeline.stages, strict=True)
-    ]
-    stages_s[-1] += head_s(given.nodes[at[-1]], given.model, rows * width)
-    busy_s, way_s = list(stages_s), sum(stages_s)
-    for place, link in enumerate(pipeline.links):
-        i, j = at[place], at[(place + 1) % len(at)]
-        codec, last = given.work.codec.get(link.codec), place == len(at) - 1
+    """Seconds that a step of so many rows and a chunk keeps each station busy, and is on its way.
+
+    Means over the ring's slots: a station counts for those that pass it.
+    """
+    stages_s, parts = _stages_s(given, pipeline, rows, chunk), _parts(pipeline)
+    busy_s = [parts[name] * seconds for name, seconds in stages_s.items()]
+    way_s = sum(busy_s)
+    at = {node.name: i for i, node in enumerate(given.nodes)}
+    heads, width = {stage.node for stage in pipeline.ranges[0]}, pipeline.draft_len + 1
+    for link in pipeline.links:
+        i, j = at[link.source], at[link.target]
+        codec, part = given.work.codec.get(link.codec), link_part(pipeline, link)
         forward = (rows * width + chunk) * given.model.activation_bytes_per_token
-        raw = rows * width * ID_BYTES if last else forward
+        raw = rows * width * ID_BYTES if link.target in heads else forward
         coding_s = raw / codec.bytes_per_s if codec else 0.0
         sent = raw / (codec.ratio if codec else 1.0) + FRAME_BYTES + ROW_BYTES * rows
         wire_s = sent / float(given.net.bytes_per_s[i, j])
-        busy_s += [wire_s, coding_s]
-        way_s += wire_s + 2.0 * coding_s + float(given.net.latency_s[i, j])
+        busy_s += [part * wire_s, parts[link.source] * coding_s]
+        if pipeline.replicated:  # links that share a port
+            out, into = given.nodes[i].up_bytes_per_s, given.nodes[j].down_bytes_per_s
+            busy_s += [parts[link.source] * sent / out, parts[link.target] * sent / into]
+        way_s += part * (wire_s + 2.0 * coding_s + float(given.net.latency_s[i, j]))
     return np.array(busy_s), way_s
+
+
+def _stages_s(given: Problem, pipeline: Pipeline, rows: float, chunk: float) -> dict[str, float]:
+    """Seconds of such a step by node."""
+    width, prompt = pipeline.draft_len + 1, given.work.prompt_tokens.mean
+    decodes, found = (rows, mean_context(given.work)), {}
+    for stage in pipeline.stages:
+        node = given.cluster.node(stage.node)
+        seconds = stage_step_s(node, stage, given.model, decodes, (chunk, prompt), width)
+        if stage.end_layer == given.model.layers:
+            seconds += head_s(node, given.model, rows * width)
+        found[stage.node] = seconds
+    return found
+
+
+def _parts(pipeline: Pipeline) -> dict[str, float]:
+    """The share of the slots that each node computes."""
+    return {
+        stage.node: len(stage.slots) / pipeline.in_flight if stage.slots else 1.0
+        for stage in pipeline.stages
+    }
+
+
+def link_part(pipeline: Pipeline, link: LinkPlan) -> float:
+    """The share of the slots that a link carries: those that both of its ends compute."""
+    of = {stage.node: stage.slots for stage in pipeline.stages}
+    ends = [set(slots) for slots in (of[link.source], of[link.target]) if slots]
+    return len(set.intersection(*ends)) / pipeline.in_flight if ends else 1.0

@@ -1,13 +1,10 @@
 """The settings of chosen rings: how many rows go round in them, for the job at hand."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
-from planner.chain import best_split
 from planner.cost import Cell
 from planner.finish import courses, finish_s, together_s
-from planner.problem import Problem, ring_in
-from planner.ring import Found
+from planner.problem import Found, Problem, again
 
 SAME = 0.005
 """Rates and finish times this close count as equal; the calmer setting then wins."""
@@ -49,9 +46,9 @@ def _near(given: Problem, tried: Sequence[Cell], ring: Found) -> list[Found]:
         same_batch = cell.micro_batch_rows == now.micro_batch_rows
         if cell.draft_len != now.draft_len or not (same_batch or cell.in_flight == now.in_flight):
             continue
-        split = best_split(ring_in(given, cell, ring.order))
-        if split and split.row_s <= SLOWER * ring.split.row_s:
-            near.append(replace(ring, cell=cell, split=split))
+        other = again(given, ring, cell)
+        if other and other.split.row_s <= SLOWER * ring.split.row_s:
+            near.append(other)
     return near
 
 
@@ -66,5 +63,5 @@ def _unrest(ring: Found) -> tuple[bool, int, int]:
     """Calm is: one micro-batch more than the ring needs, as real steps jitter; then few rows."""
     cell = ring.cell
     needed = ring.split.life_s / (ring.split.row_s * cell.micro_batch_rows)
-    slack = cell.in_flight >= min(needed + 1.0, len(ring.order) * 4.0)
+    slack = cell.in_flight >= min(needed + 1.0, len(ring.split.layers) * 4.0)
     return (not slack, cell.rows, cell.in_flight)

@@ -19,15 +19,13 @@ from planner.kinds import kinds_of, solve_by_kinds
 from planner.large import solve_large
 from planner.plan import Plan
 from planner.problem import (
+    Found,
     Problem,
-    among,
-    cell_costs,
     pipeline_of,
     problem,
     ring_in,
 )
 from planner.regions import Certified, certified, parts
-from planner.ring import Found
 from planner.settle import settled, soonest
 
 FEWER_ROWS = (8, 32, 128)
@@ -133,10 +131,8 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
     rings = sorted(rings, key=lambda ring: (-ring.rows_per_s, ring.order))
     pipelines, limits = [], []
     for ring in rings:
-        own, place = among(given, ring.order), tuple(range(len(ring.order)))
-        costs = cell_costs(own, ring.cell)
-        pipelines.append(pipeline_of(own, costs, place, ring.split))
-        limits.append(binding_words(own, costs, place, ring.split))
+        pipelines.append(pipeline_of(given, ring))
+        limits.append(binding_words(given, ring))
     rows_per_s = _rate(rings)
     tokens = given.work.output_tokens.mean
     words = limits if len(limits) == 1 else [f"pipeline {i}: {w}" for i, w in enumerate(limits)]
