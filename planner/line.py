@@ -1,16 +1,11 @@
-"""One imagined pipeline: its ring, the stations that its frames pass, and the rows that it holds.
-
-Frames keep their order at every stage, codec and link, so each of these is free again when the frame
-before has left it, and a step's whole way round follows from the times at which they become free.
-"""
+"""One imagined pipeline: its ring, the way that its frames go, and the rows that it holds."""
 
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 import numpy as np
 
 from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, tokens_per_round
-from planner.facts import CodecRate, Workload
+from planner.facts import Workload
 from planner.kv_blocks import BLOCK_TOKENS
 from planner.layer_times import head_s
 from planner.leases import Pace
@@ -19,6 +14,7 @@ from planner.prefixes import SHARE_TOKENS
 from planner.problem import Problem
 from planner.rounds import CHUNKS_PER_STEP, stage_step_s, steady
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
+from planner.ways import Load, way_of
 
 CONTEXT_GRAIN = 32
 """Mean contexts are rounded up to this, so that equal steps are costed once."""
@@ -43,43 +39,8 @@ class Flight:
     """When its first token was back."""
 
 
-@dataclass(slots=True)
-class Station:
-    """Something that does one thing at a time: a stage, a codec or a link."""
-
-    name: str
-    free_s: float = 0.0
-    busy_s: float = 0.0
-
-    def serve(self, arrives_s: float, takes_s: float) -> float:
-        """When work that arrives then is done."""
-        done = (self.free_s if self.free_s > arrives_s else arrives_s) + takes_s
-        self.free_s = done
-        self.busy_s += takes_s
-        return done
-
-
-@dataclass(frozen=True, slots=True)
-class _Hop:
-    """What lies between two stages."""
-
-    encoder: Station
-    wire: Station
-    codec: CodecRate | None
-    bytes_per_s: float
-    latency_s: float
-
-    def cross(self, at_s: float, raw_bytes: float, header_bytes: float) -> float:
-        """When a frame that leaves then is decoded at the other end."""
-        coding_s = raw_bytes / self.codec.bytes_per_s if self.codec else 0.0
-        if coding_s:
-            at_s = self.encoder.serve(at_s, coding_s)
-        sent = raw_bytes / (self.codec.ratio if self.codec else 1.0) + header_bytes
-        return self.wire.serve(at_s, sent / self.bytes_per_s) + self.latency_s + coding_s
-
-
 class Line:
-    """One pipeline: its ring, its stations, and the rows it holds; only the run moves it."""
+    """One pipeline: its ring, its frames' way, and the rows it holds; only the run moves it."""
 
     def __init__(
         self, given: Problem, pipeline: Pipeline, number: int, longest: int, starts_s: float
@@ -89,11 +50,9 @@ class Line:
         self.pipeline = pipeline
         self.nodes = [given.cluster.node(stage.node) for stage in pipeline.stages]
         self.starts_s = starts_s
-        self.stages = [Station(node.name, starts_s) for node in self.nodes]
-        self.hops = _hops(given, pipeline)
+        self.way = way_of(given, pipeline, starts_s)
         self.ring = Ring(_ring_shape(given, pipeline, longest))
         self.pace = _pace(given, pipeline)
-        self.returns: list[tuple[float, int, Step]] = []
         self.flights: dict[int, Flight] = {}
         """By sequence: the ring wants them numbered as they come."""
         self._sequences = 0
@@ -102,15 +61,6 @@ class Line:
         self._prefix = _prefix(given.work)
         self._accepted = _acceptance(given, pipeline, number)
         self._takes: dict[tuple[int, int, int, int], tuple[float, ...]] = {}
-
-    @property
-    def first_free_s(self) -> float:
-        """When the first stage can take another frame."""
-        return self.stages[0].free_s
-
-    def stations(self) -> list[Station]:
-        """All that the report shows: stages and links."""
-        return [*self.stages, *(hop.wire for hop in self.hops)]
 
     def take(self, flight: Flight) -> None:
         """Queue a row in the ring."""
@@ -123,31 +73,27 @@ class Line:
     def send(self, at_s: float) -> Step | None:
         """Send the next step round the ring; it is back when the head has its samples."""
         # With every slot in flight there is nothing to look for.
-        step = self.ring.next_step() if len(self.returns) < self.ring.shape.slots else None
+        step = self.ring.next_step() if self.way.in_flight < self.ring.shape.slots else None
         for sequence in self.ring.take_preempted():
             self.take(self._resumed(sequence))
         if step is None:
             return None
         model, width = self.given.model, self.pipeline.draft_len + 1
         decodes, context, prefills, samples = self._shape(step)
-        takes = self._stage_times(decodes, context, prefills, samples)
-        raw = (decodes * width + prefills) * model.activation_bytes_per_token
-        header = FRAME_BYTES + ROW_BYTES * len(step.spans)
-        ids = ID_BYTES * (decodes * width + samples - decodes)
-        last = len(self.stages) - 1
-        for stage, station in enumerate(self.stages):
-            at_s = station.serve(at_s, takes[stage])
-            if stage < len(self.hops):
-                at_s = self.hops[stage].cross(at_s, ids if stage == last else raw, header)
-        heappush(self.returns, (at_s, step.frame, step))
+        load = Load(
+            self._stage_times(decodes, context, prefills, samples),
+            raw_bytes=(decodes * width + prefills) * model.activation_bytes_per_token,
+            id_bytes=ID_BYTES * (decodes * width + samples - decodes),
+            header_bytes=FRAME_BYTES + ROW_BYTES * len(step.spans),
+        )
+        self.way.send(at_s, step, load)
         return step
 
     def take_back(self, now_s: float) -> list[tuple[float, Flight]]:
         """Everything that is back by now; gives the rows that ended, and when."""
         ended: list[tuple[float, Flight]] = []
         flights = self.flights
-        while self.returns and self.returns[0][0] <= now_s:
-            at_s, _, step = heappop(self.returns)
+        for at_s, step in self.way.back(now_s):
             done = []
             for span in step.spans:
                 if span.samples:
@@ -194,14 +140,18 @@ class Line:
     ) -> tuple[float, ...]:
         key = (decodes, context, prefills, samples)
         if key not in self._takes:
-            last = len(self.nodes) - 1
             positions = samples + decodes * self.pipeline.draft_len
             self._takes[key] = tuple(
-                self._stage_s(i, key)
-                + (head_s(n, self.given.model, positions) if i == last and samples else 0.0)
-                for i, n in enumerate(self.nodes)
+                self._stage_s(i, key) + (self._head_s(i, positions) if samples else 0.0)
+                for i in range(len(self.nodes))
             )
         return self._takes[key]
+
+    def _head_s(self, stage: int, positions: int) -> float:
+        """Seconds of the LM head, where it is."""
+        model = self.given.model
+        ends = self.pipeline.stages[stage].end_layer == model.layers
+        return head_s(self.nodes[stage], model, positions) if ends else 0.0
 
     def _stage_s(self, stage: int, key: tuple[int, int, int, int]) -> float:
         decodes, context, prefills, _ = key
@@ -232,24 +182,6 @@ def _prefix(work: Workload) -> tuple[int, ...]:
     """Marks of the beginning that all prompts share, in the ring's units."""
     shared = work.prompt_tokens.mean * work.shared_prefix_fraction
     return tuple(range(int(shared) // SHARE_TOKENS))
-
-
-def _hops(given: Problem, pipeline: Pipeline) -> list[_Hop]:
-    at = {node.name: i for i, node in enumerate(given.nodes)}
-    hops = []
-    for link in pipeline.links:
-        i, j = at[link.source], at[link.target]
-        name = f"{link.source} -> {link.target}"
-        hops.append(
-            _Hop(
-                Station(f"codec {name}"),
-                Station(name),
-                given.work.codec.get(link.codec),
-                float(given.net.bytes_per_s[i, j]),
-                float(given.net.latency_s[i, j]),
-            )
-        )
-    return hops
 
 
 def _ring_shape(given: Problem, pipeline: Pipeline, longest: int) -> RingShape:

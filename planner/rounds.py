@@ -58,12 +58,12 @@ def round_s(given: Problem, pipeline: Pipeline, rows: float, prompts: float = 0.
         return float(max(slots * bare_s.max(), way_s))
     tokens = prompts * prefill_tokens(given.work) / slots
     chunk = max(prefill_tokens(given.work) / prefill_steps(given.work), tokens, 1.0)
-    laden_s, _ = _stations(given, pipeline, rows / slots, chunk)
-    more_s, laden = laden_s - bare_s, tokens / chunk
+    laden_s, long_way_s = _stations(given, pipeline, rows / slots, chunk)
+    laden = tokens / chunk
     between = (1.0 - laden) / laden
-    held_s = slots * (between * bare_s.max() + way_s + more_s.sum()) / (slots + between)
-    steady_s = (slots * (bare_s + laden * more_s)).max()
-    return float(max(steady_s, way_s + laden * more_s.sum(), held_s))
+    held_s = slots * (between * bare_s.max() + long_way_s) / (slots + between)
+    steady_s = (slots * (bare_s + laden * (laden_s - bare_s))).max()
+    return float(max(steady_s, way_s + laden * (long_way_s - way_s), held_s))
 
 
 def prefill_steps(work: Workload) -> float:

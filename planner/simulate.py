@@ -20,6 +20,7 @@ from planner.plan import Pipeline, Plan
 from planner.problem import Problem, load_s, problem
 from planner.replan import replan
 from planner.rows import Row, sample_rows
+from planner.ways import busy_fractions
 
 LOST_AFTER_S = 20.0
 """Silence after which a node counts as gone; its rows are leased again from then on."""
@@ -148,10 +149,7 @@ class _Run:
             raise InfeasibleError(
                 f"{left} rows are left, and no node change brings a plan for them"
             )
-        busy: dict[str, float] = {}
-        for line in (*self.gone, *self.lines.values()):
-            for station in line.stations():
-                busy[station.name] = busy.get(station.name, 0.0) + station.busy_s / self.end_s
+        ways = [line.way for line in (*self.gone, *self.lines.values())]
         return Simulated(
             rows=len(self.rows),
             output_tokens=sum(row.output_tokens for row in self.rows),
@@ -159,7 +157,7 @@ class _Run:
             row_latency_s=_percentiles(self.latencies),
             first_token_s=_percentiles(self.firsts),
             mean_latency_s=float(np.mean(self.latencies)),
-            busy=busy,
+            busy=busy_fractions(ways, self.end_s),
             steps=self.steps,
             replans=self.replans,
             rows_again=self.rows_again,
@@ -221,17 +219,19 @@ class _Run:
         self._take_back(line, now)
         self._lease(line, now)
         sent = False
-        if line.first_free_s <= now:
+        if line.way.first_free_s <= now:
             step = line.send(now)
             sent = step is not None
             if step is not None:
                 self.steps += 1
                 self._note(now, line, "step", step.frame)
-        free = max(line.first_free_s, now)
-        if (sent or line.first_free_s > now) and len(line.returns) < line.ring.shape.slots:
+        way, free = line.way, max(line.way.first_free_s, now)
+        if (sent or way.first_free_s > now) and way.in_flight < line.ring.shape.slots:
             self._wake(line, free)
-        elif line.returns:
-            self._wake(line, max(line.returns[0][0], free))
+        elif way.in_flight:
+            self._wake(line, max(way.next_s, free))
+        if way.moves_s < math.inf:
+            self._wake(line, way.moves_s)
 
     def _arrive(self, number: int, now: float) -> None:
         """A row that came, or came back: to the pipeline that ends it first, or to who takes it."""
