@@ -1,12 +1,14 @@
 """The best set of disjoint pipelines on up to 12 nodes, exactly over the grid of cells.
 
+On up to REPLICA_NODES stages may have replicas too; beyond, exact means among rings without any.
+
 Every subset of nodes gets an upper bound on the rate of a ring through all of it, and only the
 subsets that an optimal combination would use are then solved exactly: as long as the best
 combination of bounds contains a bound that is not yet exact, that subset is solved and the
 combination is sought again. When it contains none, it is the optimum.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +16,8 @@ import numpy as np
 from planner.cost import Cell, Floats, Ints
 from planner.grid import cells
 from planner.orders import widest_paths
-from planner.problem import CellCosts, Found, Problem, cell_costs
+from planner.problem import CellCosts, Found, Problem, among, cell_costs
+from planner.replica_exact import REPLICA_NODES, ReplicaCosts, best_replicated
 from planner.ring import solve_ring
 from planner.subset_bounds import least_hops, subset_bounds
 
@@ -34,13 +37,22 @@ class _Search:
     rest: Floats
     """What the nodes of a subset can reach at most in any combination; shape (subsets,)."""
     solved: dict[int, Found | None]
+    replicas: dict[int, ReplicaCosts] = field(default_factory=dict)
+    """Of the subsets whose rings may have replicas."""
     reached: float = 0.0
     """The best total of subsets that are solved."""
 
 
-def solve_exactly(given: Problem, tried: tuple[Cell, ...] | None = None) -> list[Found]:
-    """Disjoint rings of the greatest total rate; empty if none fits."""
+def solve_exactly(
+    given: Problem, tried: tuple[Cell, ...] | None = None, *, replicate: bool = False
+) -> list[Found]:
+    """Disjoint rings of the greatest total rate; empty if none fits.
+
+    With `replicate` their stages may have replicas, on REPLICA_NODES nodes at most.
+    """
     search = _start(given, tried if tried is not None else cells(given.work))
+    if replicate:
+        _let_replicate(search)
     whole = len(search.bound) - 1
     everything = np.arange(whole + 1)
     while True:
@@ -68,12 +80,28 @@ def _start(given: Problem, tried: tuple[Cell, ...]) -> _Search:
     return _Search(given, costs, cell_bound, bound, best_combination(bound)[1], {})
 
 
+def _let_replicate(search: _Search) -> None:
+    """Have rings of three nodes or more have replicas; their bound is that of all compute."""
+    assert len(search.given.nodes) <= REPLICA_NODES, "beyond, rings with replicas are searched for"
+    for subset in range(len(search.bound)):
+        members = _members(search.given, subset)
+        if len(members) > 2:
+            search.replicas[subset] = ReplicaCosts(among(search.given, members))
+            bounds = [search.replicas[subset].bound(costs.cell) for costs in search.costs]
+            search.bound[subset] = max(search.bound[subset], *bounds)
+    search.rest = best_combination(search.bound)[1]
+
+
+def _members(given: Problem, subset: int) -> tuple[int, ...]:
+    return tuple(i for i in range(len(given.nodes)) if subset >> i & 1)
+
+
 def _solve_subset(search: _Search, subset: int, needed: float) -> None:
     """The best ring through exactly these nodes, over all cells, most promising first.
 
     One that is not above `needed` rows per second is of no use, and is not looked for.
     """
-    members = tuple(i for i in range(len(search.given.nodes)) if subset >> i & 1)
+    members = _members(search.given, subset)
     best: Found | None = None
     beat_s = 1.0 / needed if needed > 0 else np.inf
     for index in np.argsort(-search.cell_bound[:, subset], kind="stable"):
@@ -83,6 +111,10 @@ def _solve_subset(search: _Search, subset: int, needed: float) -> None:
         found = solve_ring(search.costs[index], members, 1.0 / bound, beat_s)
         if found:
             best, beat_s = found, found.split.row_s
+    if subset in search.replicas:
+        cells_of = [costs.cell for costs in search.costs]
+        dealt = best_replicated(search.replicas[subset], cells_of, beat_s)
+        best = replace(dealt, order=tuple(members[i] for i in dealt.order)) if dealt else best
     if best or needed <= 0:
         search.solved[subset] = best
     search.bound[subset] = best.rows_per_s if best else 0.0

@@ -147,6 +147,14 @@ def best_rate(
     cluster: Cluster, model: ModelShape, work: Workload, tried: tuple[Cell, ...]
 ) -> float:
     """The greatest total rate of disjoint rings: all subsets, orders, splits and combinations."""
+    names = frozenset(node.name for node in cluster.nodes)
+    return best_partition(names, rates_of_subsets(cluster, model, work, tried))
+
+
+def rates_of_subsets(
+    cluster: Cluster, model: ModelShape, work: Workload, tried: tuple[Cell, ...]
+) -> dict[frozenset[str], float]:
+    """The rate of the best ring through each subset, by its nodes' names."""
     names = [node.name for node in cluster.nodes]
     rate: dict[frozenset[str], float] = {}
     known: Tables = {}
@@ -158,7 +166,7 @@ def best_rate(
         for order, seconds in zip(orders, row_s, strict=True):
             key = frozenset(names[i] for i in order)
             rate[key] = max(rate.get(key, 0.0), 1.0 / float(seconds))
-    return _best_partition(frozenset(names), rate)
+    return rate
 
 
 def _rings_row_s(
@@ -213,16 +221,17 @@ def _all_links(
     return list(occupied), list(hop)
 
 
-def _best_partition(left: frozenset[str], rate: dict[frozenset[str], float]) -> float:
+def best_partition(left: frozenset[str], rate: dict[frozenset[str], float]) -> float:
+    """The greatest sum of rates of disjoint subsets."""
     if not left:
         return 0.0
     one = min(left)
-    best = _best_partition(left - {one}, rate)
+    best = best_partition(left - {one}, rate)
     rest = sorted(left - {one})
     for size in range(len(rest) + 1):
         for others in itertools.combinations(rest, size):
             block = frozenset((one, *others))
-            best = max(best, rate[block] + _best_partition(left - block, rate))
+            best = max(best, rate[block] + best_partition(left - block, rate))
     return best
 
 
