@@ -18,7 +18,15 @@ from flows.batch import run_batch
 from flows.doctor import examine
 from flows.embedded import control_plane
 from flows.errors import JobError, RunError
-from flows.imagine import OURS, REHEARSED, Course, job_workload, read_what_if, write_trace
+from flows.imagine import (
+    OURS,
+    REHEARSED,
+    REPLICATED,
+    Course,
+    job_workload,
+    read_what_if,
+    write_trace,
+)
 from flows.job import load_job
 from flows.measure import measure
 from flows.planning import NOTHING, make_plan
@@ -53,8 +61,9 @@ WhatIf = Annotated[Path | None, typer.Option("--what-if", help=WHAT_IF)]
 Method = Annotated[
     str,
     typer.Option(
-        help=f"How to plan for --what-if: {OURS} (most rows per second), {REHEARSED} (the first done "
-        f"in simulations), or as published: {', '.join(METHODS)}."
+        help=f"How to plan for --what-if: {OURS} (most rows per second), {REPLICATED} (the same, but "
+        f"nodes may share the work of a stage), {REHEARSED} (the first done in simulations), or as "
+        f"published: {', '.join(METHODS)}."
     ),
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or a job's name.")]
@@ -133,7 +142,7 @@ def plan(
     if cluster is not None:
         given = read_what_if(cluster, job)
         planned = given.plan(method)
-        if method == OURS and not as_json:
+        if method in {OURS, REPLICATED} and not as_json:
             advice = advise(given.cluster, given.model, given.work, planned)
     elif job is not None:
         work = job_workload(job)

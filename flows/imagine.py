@@ -25,8 +25,10 @@ from planner.what_if import WhatIfError, what_if
 from storage.index import built_index
 
 OURS = "exact"
+REPLICATED = "replicated"
+"""Ours, with replicated stages where they win: more than a run's ring can do today."""
 REHEARSED = "rehearsed"
-PLANNERS = (OURS, REHEARSED, *METHODS)
+PLANNERS = (OURS, REPLICATED, REHEARSED, *METHODS)
 SAMPLES = 3
 """Draws of rows that a rehearsal runs, and again that the best few run after it."""
 
@@ -58,8 +60,9 @@ class Imagined:
         if method not in PLANNERS:
             raise JobError(f"no method {method!r}; there are {', '.join(PLANNERS)}")
         try:
-            if method == OURS:
-                return solve(self.cluster, self.model, self.work)
+            if method in {OURS, REPLICATED}:
+                replicate = method == REPLICATED
+                return solve(self.cluster, self.model, self.work, replicate=replicate)
             if method == REHEARSED:
                 return self._rehearsed()
             return baseline(method, self.cluster, self.model, self.work)

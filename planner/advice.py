@@ -45,7 +45,9 @@ def advise(
 def _tokens_per_s(given: Problem, plan: Plan) -> float:
     """What the best plan reaches here; certificates of what no plan would reach are left out."""
     tried = cells(given.work)
-    rings = suited(given, tried, best_rings(given, tried, rings_of(given, plan)))
+    replicate = any(pipeline.replicated for pipeline in plan.pipelines)
+    best = best_rings(given, tried, rings_of(given, plan), replicate=replicate)
+    rings = suited(given, tried, best)
     return sum(ring.rows_per_s for ring in rings) * given.work.output_tokens.mean
 
 
@@ -76,7 +78,8 @@ def _unused_name(cluster: Cluster, node: Node) -> str:
 
 def _faster_links(given: Problem, pipeline: Pipeline) -> list[tuple[str, Cluster]]:
     """The slowest forward link of a pipeline, twice as fast."""
-    forward = pipeline.links[:-1]
+    heads = {stage.node for stage in pipeline.ranges[0]}
+    forward = [link for link in pipeline.links if link.target not in heads]
     if not forward:
         return []
     at = {node.name: i for i, node in enumerate(given.nodes)}

@@ -38,7 +38,8 @@ def capped_compute_bound(floor: Floor) -> float:
     """Rows per second that all nodes together cannot exceed.
 
     The largest F with sum over nodes of max over k of k x min(rate at k layers, F) >= layers x F:
-    every row crosses every layer once, and no node passes more rows than there are. The LM head
+    every row crosses every layer once, on one node, and no node passes more rows than there are: so
+    with replicas too, where the floor allows each a single slot. The LM head
     counts as `extra` layers, the least it costs on any node, and as so many more where it is held.
     """
     extra = head_in_layers(floor)
@@ -61,7 +62,8 @@ def cut_bound(floor: Floor, parted: tuple[float, list[tuple[int, ...]]] | None) 
     """Rows per second that all nodes cannot exceed where slow links part them into groups.
 
     Rings faster than the links between groups lie in one group; where a group does not hold all
-    layers, none of its nodes passes more rows per second than those links.
+    layers, none of its nodes passes more rows per second than those links. Of rings without replicas
+    only: with them many links between groups may share what crosses.
     """
     if parted is None:
         return float("inf")

@@ -10,7 +10,8 @@ layers on node j, by Little's law
 
 so with any weight w >= 0 its rate is at most  high [ (1 + w) sum k_j / L - w sum u_j ],  and the
 greatest  high [ (1 + w) k / L - w u_j(k) ]  over classes and k is a valid price of node j. The weights
-are free, one for each class; they are chosen together, so that the sum of all prices is small.
+are free, one for each class; they are chosen together, so that the sum of all prices is small. Rings
+have no replicas here: the layers of these would add up to more.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The settings that the solver tries: exact over this grid, and it says so."""
 
+from dataclasses import replace
+
 from planner.cost import Cell
 from planner.facts import Workload
 
@@ -29,3 +31,25 @@ def cells(
             if (batch <= MICRO_BATCH_ROWS[-1] and fits) or batch == micro_batch_rows:
                 found.update(Cell(batch, slots, n) for n in draft_lengths)
     return tuple(sorted(found, key=lambda c: (c.rows, c.micro_batch_rows, c.draft_len)))
+
+
+def neighbours(tried: tuple[Cell, ...], cell: Cell) -> list[Cell]:
+    """Cells one step away in each setting."""
+    found: list[Cell] = []
+    for name in ("micro_batch_rows", "in_flight", "draft_len"):
+        line = sorted(
+            (c for c in tried if replace(c, **{name: getattr(cell, name)}) == cell),
+            key=lambda c: int(getattr(c, name)),
+        )
+        at = line.index(cell)
+        found.extend(line[max(at - 1, 0) : at] + line[at + 1 : at + 2])
+    return found
+
+
+def near_cells(tried: tuple[Cell, ...], own: set[Cell], steps: int) -> tuple[Cell, ...]:
+    """These cells and those within so many steps of them."""
+    near, edge = set(own), set(own)
+    for _ in range(steps):
+        edge = {beside for cell in edge for beside in neighbours(tried, cell)} - near
+        near |= edge
+    return tuple(cell for cell in tried if cell in near)

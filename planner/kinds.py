@@ -3,6 +3,7 @@
 Where all links are equal, nodes of equal facts can be told apart by nothing: a ring is then how many
 of each kind it has, and which kinds stand first and last. Subsets become counts, and the search is
 the one over subsets: every count is bounded, and only those that a best combination uses are solved.
+Rings have no replicas here.
 """
 
 from dataclasses import dataclass, replace

@@ -14,7 +14,7 @@ import numpy as np
 from planner.chain import best_split
 from planner.cost import Bools, Cell, Floats, Ints, Role, forward_link, stage_table
 from planner.exact import EXACT_NODES, solve_exactly
-from planner.grid import cells
+from planner.grid import cells, near_cells, neighbours
 from planner.network import Network, codec_options
 from planner.orders import groups_of
 from planner.problem import CellCosts, Found, Problem, again, among, cell_costs
@@ -265,7 +265,7 @@ def _best_cell(given: Problem, tried: tuple[Cell, ...], ring: Found) -> Found:
     improved = True
     while improved:
         improved = False
-        for cell in _neighbours(tried, ring.cell):
+        for cell in neighbours(tried, ring.cell):
             other = again(given, ring, cell)
             if other and other.split.row_s < ring.split.row_s * (1 - 1e-6):
                 ring, improved = other, True
@@ -274,24 +274,11 @@ def _best_cell(given: Problem, tried: tuple[Cell, ...], ring: Found) -> Found:
 
 def _reordered(given: Problem, ring: Found) -> Found:
     """The ring in the best order of its nodes, where they are few enough to know it."""
-    if not 2 < len(ring.order) <= EXACT_NODES:
+    if not 2 < len(ring.order) <= EXACT_NODES or ring.dealt:
         return ring
     own, place = among(given, ring.order), tuple(range(len(ring.order)))
     found = solve_ring(cell_costs(own, ring.cell), place, 0.0, ring.split.row_s)
     return replace(found, order=tuple(ring.order[i] for i in found.order)) if found else ring
-
-
-def _neighbours(tried: tuple[Cell, ...], cell: Cell) -> list[Cell]:
-    """Cells one step away in each setting."""
-    found: list[Cell] = []
-    for name in ("micro_batch_rows", "in_flight", "draft_len"):
-        line = sorted(
-            (c for c in tried if replace(c, **{name: getattr(cell, name)}) == cell),
-            key=lambda c: int(getattr(c, name)),
-        )
-        at = line.index(cell)
-        found.extend(line[max(at - 1, 0) : at] + line[at + 1 : at + 2])
-    return found
 
 
 def _regroup(
@@ -308,7 +295,7 @@ def _regroup(
         group, nodes = _group(given, rings, seed, effort.group_nodes)
         if not 2 <= len(nodes) <= effort.group_nodes or left < 2 ** len(nodes):
             continue
-        some = _cells_near(tried, {rings[i].cell for i in group}, effort.cell_steps)
+        some = near_cells(tried, {rings[i].cell for i in group}, effort.cell_steps)
         if (question := (frozenset(nodes), some)) in done:
             continue
         done.add(question)
@@ -319,15 +306,6 @@ def _regroup(
             moved = [replace(f, order=tuple(nodes[i] for i in f.order)) for f in again]
             rings = [*moved, *kept]
     return rings
-
-
-def _cells_near(tried: tuple[Cell, ...], own: set[Cell], steps: int) -> tuple[Cell, ...]:
-    """These cells and those within so many steps of them."""
-    near, edge = set(own), set(own)
-    for _ in range(steps):
-        edge = {beside for cell in edge for beside in _neighbours(tried, cell)} - near
-        near |= edge
-    return tuple(cell for cell in tried if cell in near)
 
 
 def _group(

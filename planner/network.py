@@ -29,6 +29,13 @@ class NetworkCost:
     return_occupied_s: Floats
     return_hop_s: Floats
 
+    def among(self, order: Sequence[int]) -> "NetworkCost":
+        """The links between some of the nodes, in that order."""
+        to = np.ix_(list(order), list(order))
+        occupied = np.stack([codec[to] for codec in self.occupied_s])
+        hop = np.stack([codec[to] for codec in self.hop_s])
+        return NetworkCost(occupied, hop, self.return_occupied_s[to], self.return_hop_s[to])
+
 
 @dataclass(frozen=True, slots=True)
 class PortCost:
@@ -41,6 +48,12 @@ class PortCost:
     into_s: Floats
     return_out_s: Floats
     return_into_s: Floats
+
+    def among(self, order: Sequence[int]) -> "PortCost":
+        """The ports of some of the nodes, in that order."""
+        at = list(order)
+        out, into = self.return_out_s[at], self.return_into_s[at]
+        return PortCost(self.out_s[:, at], self.into_s[:, at], out, into)
 
 
 def network(cluster: Cluster) -> Network:

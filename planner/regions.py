@@ -5,6 +5,8 @@ region of few nodes is looked at subset by subset; slower rings are priced node 
 prices p of the slower ones, no plan is faster than
 
     sum over regions of the best of  sum of bounds of disjoint fast rings + prices of its other nodes
+
+Of plans without replicas only: with them many slow links share what crosses between regions.
 """
 
 from dataclasses import dataclass, replace

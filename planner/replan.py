@@ -1,11 +1,12 @@
 """From a running plan and a changed cluster to the next plan, and whether changing pays.
 
-Pipelines that the change leaves alone keep running. The others' nodes, and those that came, form new
-rings; on few nodes a plan made from nothing replaces it all if it ends the rows sooner, with the layers
-that it must load and the keys and values it must compute again counted.
+Pipelines that the change leaves alone keep running; where a replica left, the others of its layers take
+its slots over. The other pipelines' nodes, and those that came, form new rings; on few nodes a plan made
+from nothing replaces it all if it ends the rows sooner, with the layers that it must load and the keys
+and values it must compute again counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.exact import solve_exactly
 from planner.facts import Cluster, ModelShape, Workload
@@ -14,8 +15,9 @@ from planner.infeasible import why_none
 from planner.large import HASTY, solve_large
 from planner.plan import Pipeline, Plan, StagePlan
 from planner.problem import Found, Problem, among, problem
+from planner.replicas import in_runs, shared
 from planner.ring import rings_of
-from planner.solve import best_rings, compute_bound, plan_of
+from planner.solve import best_rings, capped_bound, compute_bound, plan_of
 
 EXACT_SOON = 10
 """So many nodes are planned exactly at once; more would keep a broken run waiting for seconds."""
@@ -54,15 +56,40 @@ def replan(running: Plan, cluster: Cluster, model: ModelShape, remaining: Worklo
     given = problem(cluster, model, remaining)
     tried = cells(remaining)
     alive = rings_of(given, running)
-    patched = alive + _rings_of_the_rest(given, alive)
-    bound = compute_bound(given, tried)
-    options = [_change(given, running, rings, bound) for rings in (alive, patched) if rings]
+    closed = alive + rings_of(given, replace(running, pipelines=_closed_up(given, running)))
+    patched = closed + _rings_of_the_rest(given, closed)
+    dealt = any(ring.dealt for ring in closed)
+    bound = (capped_bound if dealt else compute_bound)(given, tried)
+    tries = [alive, patched] if len(closed) == len(alive) else [alive, closed, patched]
+    options = [_change(given, running, rings, bound) for rings in tries if rings]
     if not options or len(given.nodes) <= FRESH_NODES:
         fresh = best_rings(given, tried)
         options.extend([_change(given, running, fresh, bound)] if fresh else [])
     if not options:
         raise why_none(given, tried)
     return min(options, key=lambda change: change.finish_s)
+
+
+def _closed_up(given: Problem, running: Plan) -> tuple[Pipeline, ...]:
+    """Pipelines that lost replicas of layers which others still hold: those take the slots over."""
+    there = {node.name for node in given.nodes}
+    closed = []
+    for pipeline in running.pipelines:
+        left = [[s for s in stages if s.node in there] for stages in pipeline.ranges]
+        if all(left) and sum(map(len, left)) < len(pipeline.stages):
+            stages = [stage for each in left for stage in _taken_over(each, pipeline.in_flight)]
+            closed.append(replace(pipeline, stages=tuple(stages)))
+    return tuple(closed)
+
+
+def _taken_over(stages: list[StagePlan], in_flight: int) -> list[StagePlan]:
+    """Replicas of one layer range with all slots dealt to them, in the shares that they had."""
+    counts = shared(in_flight, [float(len(stage.slots) or in_flight) for stage in stages])
+    alone = len(stages) == 1
+    return [
+        replace(stage, slots=() if alone else slots)
+        for stage, slots in zip(stages, in_runs(counts), strict=True)
+    ]
 
 
 def _rings_of_the_rest(given: Problem, alive: list[Found]) -> list[Found]:

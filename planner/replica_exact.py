@@ -23,8 +23,11 @@ from planner.replicas import Dealt, in_runs, in_turn
 
 REPLICA_NODES = 5
 """Up to so many nodes the search for rings with replicas is exact."""
-DEAL_PARTS = 8
-"""A ring's slots are dealt in so many parts, as equal as whole slots come."""
+DEAL_PARTS, FEWER_PARTS = 8, 4
+"""A ring's slots are dealt in so many parts, as equal as whole slots come: in fewer where several of its
+stages have replicas."""
+SLOWEST_S = 1e30
+"""Seconds per row that no ring takes."""
 Groups = tuple[tuple[int, ...], ...]
 """The nodes of each stage, in ring order."""
 
@@ -73,6 +76,7 @@ def best_replicated(
 ) -> Found | None:
     """The ring through all nodes, some of them replicas, of least seconds per row below `beat_s`."""
     best: Found | None = None
+    beat_s = min(beat_s, SLOWEST_S)  # what does not fit takes for ever, and so is no answer
     for cell in sorted(tried, key=lambda cell: -costs.bound(cell)):
         if costs.bound(cell) * beat_s <= 1.0:
             break
@@ -83,9 +87,9 @@ def best_replicated(
     return best
 
 
-def slot_counts(in_flight: int, replicas: int) -> list[tuple[int, ...]]:
+def slot_counts(in_flight: int, replicas: int, parts: int = DEAL_PARTS) -> list[tuple[int, ...]]:
     """How many slots each of some replicas may have."""
-    ends = sorted({round(part * in_flight / DEAL_PARTS) for part in range(1, DEAL_PARTS)})
+    ends = sorted({round(part * in_flight / parts) for part in range(1, parts)})
     ends = [end for end in ends if 0 < end < in_flight]
     return [
         tuple(b - a for a, b in pairwise((0, *cuts, in_flight)))
@@ -94,9 +98,10 @@ def slot_counts(in_flight: int, replicas: int) -> list[tuple[int, ...]]:
 
 
 def dealings(in_flight: int, replicas: int) -> list[Dealt]:
-    """All ways to deal the slots of a stage to its replicas: in runs and in turn, in any order."""
+    """All ways to deal a stage's slots beside another stage of replicas: by whole parts, in runs and
+    in turn, in any order."""
     found: dict[Dealt, None] = {}
-    for counts in slot_counts(in_flight, replicas):
+    for counts in slot_counts(in_flight, replicas, FEWER_PARTS):
         for order in permutations(range(replicas)):
             for dealt in (in_runs(counts), in_turn(counts)):
                 found[tuple(dealt[order.index(who)] for who in range(replicas))] = None
@@ -123,19 +128,75 @@ def _ordered(nodes: tuple[int, ...]) -> Iterator[Groups]:
 
 
 def _partitions_worth_trying(costs: ReplicaCosts, cell: Cell, longest_s: float) -> list[Groups]:
-    """Those whose stages, slots dealt as suits each alone, hold all layers; the roomiest first."""
+    """Those whose stages, slots dealt as suits each alone, hold all layers, and whose hops are short
+    enough; the roomiest first."""
     nodes, layers = len(costs.given.nodes), costs.given.model.layers
     used = (Role.FIRST, Role.MIDDLE, Role.LAST)
     held = {role: _held_by_groups(costs, cell, role, longest_s) for role in used}
+    layer_s = _least_layer_s(costs, cell)
+    hops = _least_hops(costs, cell, longest_s)
     found: list[tuple[int, Groups]] = []
     for stages, every in _partitions(nodes).items():
         masks = np.array([[sum(1 << node for node in group) for group in p] for p in every])
         by_stage = [held[role][masks[:, i]] for i, role in enumerate(roles(stages))]
         room = np.sum(by_stage, axis=0)
         fits = (np.min(by_stage, axis=0) > 0) & (room >= layers) & (stages <= layers)
+        computed_s = _least_fill_s(layer_s[masks], np.stack(by_stage, axis=1), layers)
+        links_s = sum(hops[0][masks[:, i], masks[:, i + 1]] for i in range(stages - 1))
+        life_s = cell.micro_batch_rows * computed_s + links_s + hops[1][masks[:, -1], masks[:, 0]]
+        fits &= life_s < longest_s * cell.rows
         found.extend((int(room[i]), every[i]) for i in np.nonzero(fits)[0])
     found.sort(key=lambda each: -each[0])
     return [groups for _, groups in found]
+
+
+def _least_layer_s(costs: ReplicaCosts, cell: Cell) -> Floats:
+    """Seconds per row of a layer on the fastest node of each group, at least."""
+    busy = costs.busy_s(cell, Role.MIDDLE, 1)
+    each = (busy / np.arange(1.0, busy.shape[1] + 1.0)).min(axis=1)
+    least = np.full(1 << len(each), np.inf)
+    for node, seconds in enumerate(each):
+        least[1 << node : 2 << node] = np.minimum(least[: 1 << node], seconds)
+    return least
+
+
+def _least_hops(costs: ReplicaCosts, cell: Cell, longest_s: float) -> tuple[Floats, Floats]:
+    """(forward, return) seconds of a row between groups at least; infinite where all of the links
+    between them, each as busy as it may be, do not carry every row in time."""
+    links, _ = costs.links(cell)
+    found = []
+    for occupied, hop in (
+        (links.occupied_s.min(axis=0), links.hop_s.min(axis=0)),
+        (links.return_occupied_s, links.return_hop_s),
+    ):
+        with np.errstate(divide="ignore"):
+            carried, shortest = _between(1.0 / occupied, np.add), _between(hop, np.minimum)
+        found.append(np.where(carried * longest_s >= 1 - 1e-9, shortest, np.inf))
+    return found[0], found[1]
+
+
+def _between(values: Floats, join: np.ufunc) -> Floats:
+    """Values of pairs of nodes joined over all pairs of two groups; shape (2^n, 2^n)."""
+    empty = 0.0 if join is np.add else np.inf
+    for axis in (0, 1):
+        values = np.moveaxis(values, axis, 0)
+        n = len(values)
+        joined = np.full((1 << n, *values.shape[1:]), empty)
+        for node in range(n):
+            joined[1 << node : 2 << node] = join(joined[: 1 << node], values[node])
+        values = np.moveaxis(joined, 0, axis)
+    return values
+
+
+def _least_fill_s(layer_s: Floats, held: Ints, layers: int) -> Floats:
+    """Seconds of all layers at least, the fastest stages filled first; of rings as (rings, stages)."""
+    order = np.argsort(layer_s, axis=1)
+    cost = np.take_along_axis(layer_s, order, axis=1)
+    room = np.take_along_axis(held, order, axis=1)
+    before = np.cumsum(room, axis=1) - room
+    filled = np.clip(layers - before, 0, room)
+    cost = np.where(filled > 0, cost, 0.0)  # what does not fit is not filled
+    return np.asarray((filled * cost).sum(axis=1), np.float64)
 
 
 def _held_by_groups(costs: ReplicaCosts, cell: Cell, role: Role, longest_s: float) -> Ints:

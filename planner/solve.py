@@ -1,6 +1,6 @@
 """The fastest plan for the facts at hand, and a bound on what any plan could reach."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -26,6 +26,8 @@ from planner.problem import (
     ring_in,
 )
 from planner.regions import Certified, certified, parts
+from planner.replica_exact import REPLICA_NODES
+from planner.replica_search import with_replicas
 from planner.settle import settled, soonest
 
 FEWER_ROWS = (8, 32, 128)
@@ -33,12 +35,19 @@ FEW_NODES, FEW_JOB_ROWS = 8, 2_000
 """Up to so many nodes and rows the solver is also asked for rings of fewer rows, in a second or so."""
 
 
-def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
+def solve(
+    cluster: Cluster, model: ModelShape, workload: Workload, *, replicate: bool = False
+) -> Plan:
     """The plan of most rows per second: pipelines, their nodes and order, layers and settings.
 
-    Exact over the grid of settings for up to EXACT_NODES nodes, and for more of few kinds; else
-    grown and repaired, with the bound to say how far from the optimum it may be. Nodes may be left
-    out. Of its pipelines those are dropped that a job of so few rows would only wait for.
+    Without replicas, as a ring can run today, it is exact over the grid of settings for up to
+    EXACT_NODES nodes, and for more of few kinds; else grown and repaired, with the bound to say how
+    far from the optimum it may be. Nodes may be left out. Of its pipelines those are dropped that a
+    job of so few rows would only wait for.
+
+    With `replicate` stages may have replicas where that ends the job sooner: exact, with those, for
+    up to REPLICA_NODES nodes, and beyond searched for from the plan without. The bound then holds for
+    plans with replicas too, and what is known of plans without is in the basis.
 
     Raises:
         InfeasibleError: the facts are impossible, or nothing fits; the message has the numbers.
@@ -52,6 +61,13 @@ def solve(cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
         raise why_none(given, tried)
     bound = _rate(rings) if exact else min(compute_bound(given, tried), known.bound)
     options = [rings, *(_fewer_in_flight(given) if exact else ())]
+    plain = _soonest_plan(given, tried, options, bound)
+    return _replicated(given, tried, rings, plain) if replicate else plain
+
+
+def _soonest_plan(
+    given: Problem, tried: tuple[Cell, ...], options: list[list[Found]], bound: float
+) -> Plan:
     plans = [plan_of(given, suited(given, tried, option), bound) for option in options]
     return min(plans, key=lambda plan: plan.finish_s)
 
@@ -65,13 +81,42 @@ def _fewer_in_flight(given: Problem) -> Iterator[list[Found]]:
                 yield from filter(None, [solve_exactly(few, cells(few.work))])
 
 
-def best_rings(given: Problem, tried: tuple[Cell, ...], start: Sequence[Found] = ()) -> list[Found]:
+def _replicated(given: Problem, tried: tuple[Cell, ...], rings: list[Found], plain: Plan) -> Plan:
+    """The plan without replicas, or one with some that is done sooner; under a bound on both."""
+    if len(given.nodes) <= REPLICA_NODES:
+        rings = solve_exactly(given, tried, replicate=True)
+        bound, known = (
+            _rate(rings),
+            "with replicas and without, all plans over the grid were sought",
+        )
+    else:
+        rings, bound = with_replicas(given, tried, rings), capped_bound(given, tried)
+        known = (
+            f"without replicas no plan beats {plain.bound_tokens_per_s:.4g} tokens/s; of those with "
+            "replicas only some were tried, and what all nodes compute at best bounds them"
+        )
+    best = min(_soonest_plan(given, tried, [rings], bound), plain, key=lambda plan: plan.finish_s)
+    tokens = max(bound * given.work.output_tokens.mean, best.tokens_per_s)
+    return replace(best, bound_tokens_per_s=tokens, basis=(*best.basis, known))
+
+
+def best_rings(
+    given: Problem,
+    tried: tuple[Cell, ...],
+    start: Sequence[Found] = (),
+    *,
+    replicate: bool = False,
+) -> list[Found]:
     """Disjoint rings of the greatest total rate, and no certificate; empty if none fits.
 
     Where the search is not exact it ends no slower than `start`, rings that can run here.
     """
-    if len(given.nodes) <= EXACT_NODES:
-        return solve_exactly(given, tried)
+    nodes = len(given.nodes)
+    if nodes <= (REPLICA_NODES if replicate else EXACT_NODES):
+        return solve_exactly(given, tried, replicate=replicate)
+    if replicate:
+        plain = best_rings(given, tried, [ring for ring in start if not ring.dealt])
+        return with_replicas(given, tried, max(start, plain, key=_rate))
     kinds = kinds_of(given)
     return solve_by_kinds(given, kinds, tried) if kinds else solve_large(given, start)
 
@@ -113,17 +158,31 @@ def solve_in_order(
 
 
 def compute_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
-    """Rows per second that no plan over these cells can beat."""
+    """Rows per second that no plan without replicas over these cells can beat."""
     # Fewer micro-batches in flight leave more memory: a stage never costs less with more of them.
     fewest: dict[tuple[int, int], Cell] = {}
     for cell in sorted(tried, key=lambda cell: -cell.in_flight):
         fewest[cell.micro_batch_rows, cell.draft_len] = cell
-    floors = [floor_of(given.nodes, given.model, given.work, cell) for cell in fewest.values()]
-    if not floors:
+    floor = _floor(given, fewest.values())
+    if floor is None:
         return 0.0
-    floor = reduce(Floor.below, floors)
     capped = capped_compute_bound(floor)
     return min(capped, cut_bound(floor, parts(given, tried, capped)))
+
+
+def capped_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
+    """Rows per second that no plan over these cells can beat, with replicas or without.
+
+    A replica may have a single slot, so every stage is let have no more in flight. Slow links bound
+    nothing here: replicas share what crosses between groups of nodes among many.
+    """
+    floor = _floor(given, {replace(cell, in_flight=1) for cell in tried})
+    return capped_compute_bound(floor) if floor else 0.0
+
+
+def _floor(given: Problem, some: Iterable[Cell]) -> Floor | None:
+    floors = [floor_of(given.nodes, given.model, given.work, cell) for cell in some]
+    return reduce(Floor.below, floors) if floors else None
 
 
 def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan:
@@ -148,5 +207,5 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
     )
 
 
-def _rate(rings: list[Found]) -> float:
+def _rate(rings: Sequence[Found]) -> float:
     return sum(ring.rows_per_s for ring in rings)

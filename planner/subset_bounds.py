@@ -7,7 +7,8 @@ without, plus what i adds. In one cell, and for a row every T seconds, a ring th
     C(T) + hops(S) <= T x rows in flight   Little's law, with C >= sum a_j(T, price) + price x L
 
 for every price of a layer, where a_j = min over k <= g_j of (seconds of k layers - price x k):
-Lagrange's bound on the least seconds of L layers.
+Lagrange's bound on the least seconds of L layers. Every node has layers of its own here: rings with
+replicas are not bounded so.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from tests.planner_oracle import (
 
 Slots = tuple[int, ...]
 """The replica, by its place in its stage, that computes each slot."""
-PARTS = 8
+PARTS, FEWER_PARTS = 8, 4
 
 
 def best_rate(
@@ -52,9 +52,9 @@ def _ordered(nodes: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
             yield from ((first, *others) for others in _ordered(rest))
 
 
-def _dealings(slots: int, replicas: int) -> set[Slots]:
+def _dealings(slots: int, replicas: int, parts: int) -> set[Slots]:
     """Slots dealt by whole parts: in runs, and each replica's spread evenly."""
-    ends = {round(part * slots / PARTS) for part in range(1, PARTS)} - {0, slots}
+    ends = {round(part * slots / parts) for part in range(1, parts)} - {0, slots}
     found: set[Slots] = set()
     for cuts in itertools.combinations(sorted(ends), replicas - 1):
         counts = [b - a for a, b in itertools.pairwise((0, *cuts, slots))]
@@ -79,7 +79,8 @@ class _Facts:
             return math.inf
         chosen = np.array(list(splits(layers, len(stages))))
         best = math.inf
-        for dealt in itertools.product(*(_dealings(slots, len(stage)) for stage in stages)):
+        parts = PARTS if sum(len(stage) > 1 for stage in stages) == 1 else FEWER_PARTS
+        for dealt in itertools.product(*(_dealings(slots, len(s), parts) for s in stages)):
             longest, life = self._computing(stages, dealt, chosen)
             for occupied, hop in self._hops(stages, dealt):
                 whole_s = self.cell.micro_batch_rows * life + hop

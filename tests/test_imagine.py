@@ -56,7 +56,7 @@ def test_rehearsed_plan_is_one_of_the_methods(
         (["--join", "a@soon"], "'a@soon' is not NODE@SECONDS"),
         (["--leave", "a"], "'a' is not NODE@SECONDS"),
         (["--leave", "a@0.1", "--leave", "b@0.2"], "rows are left, and no node change"),
-        (["--method", "magic"], "no method 'magic'; there are exact, rehearsed, cg-bp"),
+        (["--method", "magic"], "no method 'magic'; there are exact, replicated, rehearsed, cg-bp"),
         (["--trace", "/nowhere/t.jsonl"], "cannot write the trace: No such file"),
         (["--policy", "best"], "not one of"),
     ],
