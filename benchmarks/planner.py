@@ -18,9 +18,8 @@ from benchmarks.record import Claim, record
 from planner.exact import solve_exactly
 from planner.facts import Cluster, Workload
 from planner.large import STEADY, solve_large
-from planner.problem import problem
+from planner.problem import Found, problem
 from planner.replan import replan
-from planner.problem import Found
 from planner.solve import solve
 
 T = TypeVar("T")
