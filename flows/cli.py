@@ -28,6 +28,7 @@ from flows.imagine import (
     write_trace,
 )
 from flows.job import load_job
+from flows.layout import MOST_PROCESSES, layout_of
 from flows.measure import measure
 from flows.planning import NOTHING, make_plan
 from flows.ready import require_ready
@@ -81,7 +82,27 @@ def _named(store: str) -> str:
 
 STORE = "The store: a folder or an fsspec URI."
 Store = Annotated[str, typer.Option(help=STORE, callback=_named)]
-Stages = Annotated[int, typer.Option(min=1, max=64, help="Stage processes on this machine.")]
+Stages = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST_PROCESSES, metavar="N", show_default="1",
+        help="Stage processes of a pipeline on this machine; they share its layers.",
+    ),
+]  # fmt: skip
+Pipelines = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST_PROCESSES, metavar="K", show_default="1",
+        help="Pipelines, each of --stages processes; they share the rows.",
+    ),
+]  # fmt: skip
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST_PROCESSES, metavar="P", show_default=False,
+        help="Stage processes, in the pipelines that are planned to be fastest.",
+    ),
+]  # fmt: skip
 StageMemory = Annotated[
     float | None,
     typer.Option(
@@ -103,16 +124,19 @@ def wagonway() -> None:
 def run(
     job_file: JobFile,
     store: Store = "store",
-    stages: Stages = 1,
+    stages: Stages = None,
+    pipelines: Pipelines = None,
+    processes: Processes = None,
     stage_memory: StageMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer every row of a job; safe to repeat: finished rows are not computed again."""
+    layout = layout_of(stages, pipelines, processes, _bytes(stage_memory))
     job = load_job(job_file)
     _require_lasting(store)
     require_ready(job, store)  # before a server starts, which takes its time
     with control_plane():
-        summary = run_batch(job, store, stages, _bytes(stage_memory))
+        summary = run_batch(job, store, layout)
     if as_json:
         print_json(asdict(summary))
     else:
@@ -127,7 +151,9 @@ def run(
 @app.command()
 def plan(
     job_file: OptionalJob = None,
-    stages: Stages = 1,
+    stages: Stages = None,
+    pipelines: Pipelines = None,
+    processes: Processes = None,
     stage_memory: StageMemory = None,
     cluster: WhatIf = None,
     method: Method = OURS,
@@ -145,9 +171,9 @@ def plan(
         if method in {OURS, REPLICATED} and not as_json:
             advice = advise(given.cluster, given.model, given.work, planned)
     elif job is not None:
+        layout = layout_of(stages, pipelines, processes, _bytes(stage_memory))
         work = job_workload(job)
-        measured = measure(job, stages, _bytes(stage_memory)) if work.rows else None
-        planned = make_plan(measured, work) if measured else NOTHING
+        planned = make_plan(measure(job, layout), work, layout) if work.rows else NOTHING
     else:
         raise JobError("name a job, or a cluster with --what-if")
     if as_json:

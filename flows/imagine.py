@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flows.errors import JobError
 from flows.job import Job
+from flows.layout import Layout
 from flows.measure import measure
 from flows.model import open_model
 from flows.planning import workload
@@ -153,7 +154,7 @@ def read_what_if(path: Path, job: Job | None) -> Imagined:
         missing = "model" if model is None else "workload"
         raise JobError(f"{path}: there is no {missing} in it; add one, or name a job that has it")
     if job is not None:
-        model = model or measure(job, stages=1).model
+        model = model or measure(job, Layout()).model
         work = work or job_workload(job)
     assert model is not None
     assert work is not None

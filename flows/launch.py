@@ -213,6 +213,10 @@ class Fleet:
         for _, part in groupby(zip(rows, ends, strict=True), lambda it: it[1] // LEASE_TOKENS):
             self._send(head, Rows(rows=tuple(row for row, _ in part)))
 
+    def rows_in_flight(self, pipeline: int) -> int:
+        """Rows that a pipeline's ring computes at once at most, by now."""
+        return self._pacers[pipeline].slots * self.rings[pipeline].slot_rows
+
     def recall(self, pipeline: int, rows: int, most_tokens: int) -> None:
         """Ask a pipeline's head for so many rows that it has not begun; its news will say which."""
         head = self._stations[self._pipelines[pipeline][0]]

@@ -1,23 +1,19 @@
 """Prompt rows on their way to a head and back: encoded just ahead, leased, ended as result rows."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
 
 import numpy as np
 import xxhash
 from pydantic import ValidationError
 
+from flows.dealing import Told
 from flows.job import Job, Sampling, sentences
 from flows.model import ModelFolder
-from stages.control import Answer, LeasedRow
+from stages.control import LeasedRow
 from stages.errors import PromptError
 from storage.prompts import PromptRow
 from storage.results import ResultRow
-
-WINDOW_ROWS = 4096
-"""Rows that are put in order at once: those that share a prefix together, then the longest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +40,6 @@ class RunNames:
     """What links made of activations: exact or int8."""
 
 
-def in_order(rows: Iterator[PromptRow]) -> Iterator[PromptRow]:
-    """The same rows, window by window: longest first, with its prefix's others right behind it."""
-    while window := list(islice(rows, WINDOW_ROWS)):
-        longest: dict[str, int] = {}
-        for row in window:
-            longest[row.prefix_hash] = max(row.length, longest.get(row.prefix_hash, 0))
-        window.sort(key=lambda row: (-longest[row.prefix_hash], row.prefix_hash, -row.length))
-        yield from window
-
-
 class Clerk:
     """Turns prompt rows into leases or row errors, and answers into result rows; holds no state."""
 
@@ -62,11 +48,12 @@ class Clerk:
         self._model = model
         self._names = names
         self._kv_tokens = kv_tokens
+        """Of the pipeline that has room for most."""
 
     def lease(self, prompt: PromptRow) -> Lease | ResultRow | None:
         """The row as its head takes it; or its result at once, where nothing is to be computed.
 
-        None for a row that this plan's KV cache cannot hold: another plan may, so it has no result.
+        None for a row that no pipeline of this plan can hold: another plan may, so it has no result.
         """
         sampling = self._job.sampling
         try:
@@ -102,8 +89,9 @@ class Clerk:
             return replace(blank, prompt_tokens=len(ids), truncated=cut_short)
         return Lease(prompt, row, sampling, cut_short, question(row))
 
-    def ended(self, lease: Lease, answer: Answer) -> ResultRow:
+    def ended(self, lease: Lease, told: Told) -> ResultRow:
         """The result row of an answer."""
+        answer = told.answer
         failed = answer.error_type is not None
         return replace(
             self._blank(lease.prompt, lease.sampling),
@@ -118,6 +106,7 @@ class Clerk:
             weights=self._job.weights,
             replayed_tokens=answer.replayed_tokens,
             truncated=lease.cut_short and answer.finish_reason == "length",
+            pipeline=told.pipeline,
             queued_s=answer.queued_s,
             prefill_s=answer.prefill_s,
             decode_s=answer.decode_s,
@@ -150,7 +139,6 @@ class Clerk:
             seed=sampling.seed,
             plan=self._names.plan,
             epoch=self._names.epoch,
-            pipeline=0,
         )
 
 

@@ -12,6 +12,7 @@ import psutil
 
 from flows.errors import JobError, RunError
 from flows.job import Job
+from flows.layout import Layout
 from planner.facts import Cluster, CodecRate, LayerTimes, Link, ModelShape, Node
 from stages.codec import FAST, INT8
 from stages.config import REFUSED, Codec, Device, ProbeFacts, ProbeSpec
@@ -39,13 +40,9 @@ class Measured:
     """What each stage computes with."""
 
 
-def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured:
-    """Probe this machine for a run of so many stages; JobError for a model that must be refused.
-
-    `stage_bytes` is what a stage may take in all of the memory that it computes in; by default, of
-    what is free now, its share.
-    """
-    cores = len(os.sched_getaffinity(0))
+def measure(job: Job, layout: Layout) -> Measured:
+    """Probe this machine for a run of that layout; JobError for a model that must be refused."""
+    stages, cores = layout.processes, len(os.sched_getaffinity(0))
     threads = max(1, cores // stages)
     level: Codec = INT8 if job.activations == INT8 else FAST
     spec = ProbeSpec(
@@ -57,7 +54,7 @@ def measure(job: Job, stages: int, stage_bytes: float | None = None) -> Measured
     )
     facts = _probed(spec)
     crowding = max(1.0, stages * threads / cores)
-    node_bytes = stage_bytes or USABLE_MEMORY * facts.device_free_bytes / stages
+    node_bytes = layout.stage_bytes or USABLE_MEMORY * facts.device_free_bytes / stages
     if facts.device == "cpu":  # else the process lies in other memory
         node_bytes -= facts.process_bytes
     if node_bytes <= 0:

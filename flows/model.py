@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -137,11 +138,19 @@ def _claimed_bytes(path: Path) -> int:
 
 
 def _digest(folder: Path, weights: list[Path]) -> str:
-    digest = sha256(
-        (folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b""
+    state = [(path, path.stat()) for path in weights]
+    config = folder / "config.json"
+    return _digest_of(
+        config.read_bytes() if config.is_file() else b"",
+        tuple((path, found.st_size, found.st_mtime_ns) for path, found in state),
     )
-    for path in weights:
-        size = path.stat().st_size
+
+
+@lru_cache(maxsize=1)
+def _digest_of(config: bytes, weights: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of weight files with their sizes and times of change: what has not changed is read once."""
+    digest = sha256(config)
+    for path, size, _ in weights:
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             for offset in range(0, size, _PIECE_EVERY_BYTES):

@@ -3,19 +3,24 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from flows.errors import JobError
 from flows.job import Job, Sampling
+from flows.layout import Layout
 from flows.measure import Measured
 from flows.model import ModelFolder
-from planner.facts import InfeasibleError, Lengths, Workload
+from planner.beside import solve_beside
+from planner.facts import Cluster, InfeasibleError, Lengths, ModelShape, Workload
 from planner.kv_blocks import BLOCK_TOKENS, Wanted, kv_blocks, kv_room
+from planner.leases import Pace, pace_of
 from planner.plan import Pipeline, Plan
 from planner.prefixes import SHARE_TOKENS, marks
+from planner.problem import problem
 from planner.rounds import CHUNKS_PER_STEP
 from planner.schedule import CHUNK_TOKENS
-from planner.solve import solve_in_order
+from planner.solve import solve
 from planner.tempo import MOST
 from stages.codec import INT8
 from stages.config import Ring
@@ -56,17 +61,28 @@ def _lengths(counts: list[int]) -> Lengths:
     return Lengths(max(1.0, statistics.fmean(ordered)), max(1.0, float(p95)))
 
 
-def make_plan(measured: Measured, work: Workload) -> Plan:
-    """The fastest split of the layers over the nodes, in their order; JobError if none fits."""
+def make_plan(measured: Measured, work: Workload, layout: Layout) -> Plan:
+    """The fastest plan of that layout over the nodes; JobError if none fits."""
+    coded = replace(work, codec={measured.level: measured.codec})
+    facts = measured.cluster, measured.model, coded
     try:
-        plan = solve_in_order(
-            measured.cluster, measured.model, replace(work, codec={measured.level: measured.codec})
-        )
+        plan = solve_beside(*facts, layout.orders) if layout.orders else _soonest(*facts)
     except InfeasibleError as error:
         raise JobError(f"no plan fits: {error}") from error
     if measured.level == INT8:
         plan = replace(plan, pipelines=tuple(_rounding(each) for each in plan.pipelines))
     return replace(plan, basis=(*measured.basis, *plan.basis))
+
+
+def _soonest(cluster: Cluster, model: ModelShape, work: Workload) -> Plan:
+    """The plan of any pipelines over the nodes that is done first, equal ones among them."""
+    plans, nodes = [solve(cluster, model, work)], len(cluster.nodes)
+    for stages in (count for count in range(1, nodes + 1) if nodes % count == 0):
+        orders = Layout(stages, nodes // stages).orders
+        assert orders is not None, "so many pipelines were asked for"
+        with suppress(InfeasibleError):  # a pipeline of so few stages has no room for the model
+            plans.append(solve_beside(cluster, model, work, orders))
+    return min(plans, key=lambda plan: plan.finish_s)
 
 
 def _rounding(pipeline: Pipeline) -> Pipeline:
@@ -75,6 +91,13 @@ def _rounding(pipeline: Pipeline) -> Pipeline:
     links = (replace(each, codec=INT8) for each in pipeline.links if each.target != head)
     back = (each for each in pipeline.links if each.target == head)
     return replace(pipeline, links=(*links, *back))
+
+
+def paces_of(plan: Plan, measured: Measured, work: Workload) -> list[Pace]:
+    """How fast each pipeline of the plan answers rows."""
+    coded = replace(work, codec={measured.level: measured.codec})
+    given = problem(measured.cluster, measured.model, coded)
+    return [pace_of(given, pipeline) for pipeline in plan.pipelines]
 
 
 def ring_of(pipeline: Pipeline, measured: Measured, context_tokens: int, work: Workload) -> Ring:

@@ -2,8 +2,8 @@
 
 from collections import OrderedDict
 
+from flows.dealing import Told
 from flows.lease import Lease
-from stages.control import Answer
 
 REMEMBERED = 1024
 """Answers kept for twins that come after; those that share a prompt mostly come together."""
@@ -15,9 +15,9 @@ class Twins:
     def __init__(self) -> None:
         self._waiting: dict[int, list[Lease]] = {}
         """Rows that wait for the answer of one that is with a head."""
-        self._said: OrderedDict[int, Answer] = OrderedDict()
+        self._said: OrderedDict[int, Told] = OrderedDict()
 
-    def answer_to(self, lease: Lease) -> Answer | None:
+    def answer_to(self, lease: Lease) -> Told | None:
         """What an equal row was answered not long ago."""
         return None if lease.question is None else self._said.get(lease.question)
 
@@ -31,11 +31,11 @@ class Twins:
         self._waiting[lease.question] = []
         return False
 
-    def answered(self, lease: Lease, answer: Answer) -> list[Lease]:
+    def answered(self, lease: Lease, told: Told) -> list[Lease]:
         """The rows that have waited for this one, which have its answer now."""
         if lease.question is None:
             return []
-        self._said[lease.question] = answer
+        self._said[lease.question] = told
         if len(self._said) > REMEMBERED:
             self._said.popitem(last=False)
         return self._waiting.pop(lease.question)

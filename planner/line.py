@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, tokens_per_round
+from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES
 from planner.facts import Workload
 from planner.kv_blocks import BLOCK_TOKENS
 from planner.layer_times import head_s
-from planner.leases import Pace
+from planner.leases import pace_of
 from planner.plan import Pipeline
 from planner.prefixes import SHARE_TOKENS
 from planner.problem import Problem
-from planner.rounds import CHUNKS_PER_STEP, stage_step_s, steady
+from planner.rounds import CHUNKS_PER_STEP, stage_step_s
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
 from planner.ways import Load, way_of
 
@@ -52,7 +52,7 @@ class Line:
         self.starts_s = starts_s
         self.way = way_of(given, pipeline, starts_s)
         self.ring = Ring(_ring_shape(given, pipeline, longest))
-        self.pace = _pace(given, pipeline)
+        self.pace = pace_of(given, pipeline)
         self.flights: dict[int, Flight] = {}
         """By sequence: the ring wants them numbered as they come."""
         self._sequences = 0
@@ -195,9 +195,3 @@ def _ring_shape(given: Problem, pipeline: Pipeline, longest: int) -> RingShape:
         block_tokens=BLOCK_TOKENS,
         step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
     )
-
-
-def _pace(given: Problem, pipeline: Pipeline) -> Pace:
-    full = steady(given, pipeline)
-    committed = tokens_per_round(given.work.acceptance, pipeline.draft_len)
-    return Pace(full.row_s, full.round_s, committed, full.rows)

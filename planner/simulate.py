@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
-from planner.leases import Desk, Policy
+from planner.leases import Desk, Policy, long_row_tokens
 from planner.line import Flight, Line
 from planner.plan import Pipeline, Plan
 from planner.problem import Problem, load_s, problem
@@ -24,9 +24,6 @@ from planner.ways import busy_fractions
 
 LOST_AFTER_S = 20.0
 """Silence after which a node counts as gone; its rows are leased again from then on."""
-
-LONG_ROW = 1.25
-"""A long row's rounds, in 95th percentiles: rounds beside prompts take longer than the plan's mean."""
 
 _ARRIVAL, _CHANGE, _LOOK = range(3)
 
@@ -139,7 +136,7 @@ class _Run:
         longest = max(1, *(row.output_tokens for row in self.rows))
         self.quota = max(longest, int(outputs.most)) if outputs.most < math.inf else longest
         self.longest = max(self._limit(row) for row in self.rows)
-        self.desk = Desk(min(LONG_ROW * outputs.p95, outputs.most))
+        self.desk = Desk(long_row_tokens(self.given.work))
         self._schedule()
         for pipeline in self.plan.pipelines:
             self._open(pipeline, load_s(self.given, pipeline), 0.0)

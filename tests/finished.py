@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from flows.batch import run_batch
 from flows.job import load_job
+from flows.layout import Layout
 from flows.run import Summary
 from stages.architecture import Model
 from stages.prompt import PromptEncoder
@@ -54,7 +55,7 @@ def answer_prompts(model_folder: Path, folder: Path) -> FinishedJob:
         sampling={"max_new_tokens": NEW_TOKENS, "seed": 7},
         results="out",
     )  # fmt: skip
-    summary = run_batch(load_job(job_file), str(folder / "store"), 2)
+    summary = run_batch(load_job(job_file), str(folder / "store"), Layout(2))
     by_id = {row["id"]: row for row in rows}
     return FinishedJob(job_file, folder / "store", summary, by_id, model, encoder)
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +17,20 @@ import pytest
 
 from flows.batch import run_batch
 from flows.job import load_job
+from flows.layout import Layout
+from storage.catalog import query
 from tests.jobs import WAGONWAY, Row, environment, results, wagonway, write_job
 
 ROWS = 8500
 """Each of the runs below commits a thousand and some; the last has a few to do."""
-STAGES = 3
+RING = ("--stages", "3")
+BESIDE = ("--pipelines", "3")
+"""Three processes again, each a pipeline of its own."""
 START_S = 180.0
 """For a run to commit its first rows, on a busy machine."""
 END_S = {"server": 180.0}
 """For a run to end after its loss: 60 s, but where calls to the lost are repeated."""
-OF_THE_RUN = {"run_id", "plan", "finished_at", "queued_s", "prefill_s", "decode_s"}
+OF_THE_RUN = {"run_id", "plan", "pipeline", "finished_at", "queued_s", "prefill_s", "decode_s"}
 """Columns in which two runs' rows may differ."""
 
 
@@ -67,11 +72,13 @@ class Started:
 
 
 @contextmanager
-def started(job_file: Path, store: Path, api_url: str) -> Iterator[Started]:
+def started(
+    job_file: Path, store: Path, api_url: str, layout: tuple[str, ...] = RING
+) -> Iterator[Started]:
     """Start the run as a terminal would, in a process group of its own; killed at the end."""
     before = commits(store)
     with subprocess.Popen(
-        [*WAGONWAY, "run", str(job_file), "--store", str(store), "--stages", str(STAGES)],
+        [*WAGONWAY, "run", str(job_file), "--store", str(store), *layout],
         env=environment(api_url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as process:  # fmt: skip
@@ -105,25 +112,26 @@ def members_of(pid: int) -> dict[str, psutil.Process]:
 
 
 LOSSES = {
-    "local-0": "stage local-0 ",
-    "local-1": "stage local-1 ",
-    "local-2": "stage local-2 ",
-    "driver": "",
-    "server": "Prefect server does not answer",
+    "local-0": (RING, "stage local-0 "),
+    "local-1": (BESIDE, "stage local-1 "),
+    "local-2": (RING, "stage local-2 "),
+    "driver": (BESIDE, ""),
+    "server": (RING, "Prefect server does not answer"),
 }
-"""Process to what the run says of its loss."""
+"""Process to how the run is laid out, and what it says of its loss."""
 
 
 @pytest.mark.parametrize("victim", LOSSES)
 def test_a_run_that_loses_a_process_ends_soon_and_says_which(
     victim: str, job_file: Path, store: Path, prefect_api: str
 ) -> None:
+    layout, words = LOSSES[victim]
     earlier = results(store) if store.exists() else {}
-    with started(job_file, store, "" if victim == "server" else prefect_api) as run:
+    with started(job_file, store, "" if victim == "server" else prefect_api, layout) as run:
         os.kill(run.members[victim].pid, signal.SIGKILL)
         status, said = run.ended(END_S.get(victim, 60.0))
     assert status == (-signal.SIGKILL if victim == "driver" else 1)
-    assert LOSSES[victim] in said
+    assert words in said
     assert "Traceback" not in said
     assert f" of {ROWS:,} rows, 0 failed" in said or victim == "driver"
     assert victim == "driver" or "the same command continues" in said
@@ -177,14 +185,33 @@ def test_after_all_losses_the_same_command_finishes_with_the_undisturbed_runs_ro
 ) -> None:
     earlier = results(store)
     # This time with a Prefect server of its own, as on a machine that has none.
-    done = wagonway("run", job_file, "--store", store, "--stages", STAGES, "--json")
+    done = wagonway("run", job_file, "--store", store, *RING, "--json")
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr, "no colours where no terminal is"
     after = results(store)
     assert json.loads(done.stdout)["rows_earlier"] == len(earlier)
     assert earlier.items() <= after.items()
-    run_batch(load_job(job_file), str(tmp_path / "undisturbed"), stages=2)
-    assert said_of_rows(after) == said_of_rows(results(tmp_path / "undisturbed"))
+    run_batch(load_job(job_file), str(tmp_path / "undisturbed"), Layout(pipelines=2))
+    undisturbed = results(tmp_path / "undisturbed")
+    assert said_of_rows(after) == said_of_rows(undisturbed)
+    assert_both_worked(tmp_path / "undisturbed", undisturbed)
+
+
+def assert_both_worked(store: Path, rows: dict[str, Row]) -> None:
+    """Result rows and views tell two pipelines of one stage apart, and agree."""
+    said = Counter(row["pipeline"] for row in rows.values())
+    assert said.keys() == {0, 1}
+    stages = query(str(store), "select * from stages order by pipeline", "demo").to_pylist()
+    assert [(s["pipeline"], s["stage"], s["node"]) for s in stages] == [
+        (0, 0, "local-0"), (1, 0, "local-1")
+    ]  # fmt: skip
+    for stage in stages:
+        assert (stage["first_layer"], stage["end_layer"]) == (0, 4)
+        own = [row for row in rows.values() if row["pipeline"] == stage["pipeline"]]
+        computed = {row["text"]: row for row in own}  # equal prompts are computed once, or nearly
+        assert stage["tokens"] >= sum(row["output_tokens"] for row in computed.values()) > 0
+    links = query(str(store), "select pipeline from links", "demo").to_pylist()
+    assert all(link["pipeline"] is None for link in links), "what no ring uses has no pipeline"
 
 
 def said_of_rows(rows: dict[str, Row]) -> dict[str, Row]:

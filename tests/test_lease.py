@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.job import Job
-from flows.lease import Clerk, Lease, RunNames, in_order
+from flows.lease import Clerk, Lease, RunNames
 from flows.model import ModelFolder, open_model
 from storage.prompts import PromptRow
 from storage.results import ResultRow
@@ -30,8 +30,8 @@ def model(job: Job) -> ModelFolder:
     return open_model(job)
 
 
-def asking(prompt: str, row_id: int = 0, prefix: str = "p") -> PromptRow:
-    return PromptRow(row_id, f"r{row_id}", "hash", prompt, None, {}, prefix, len(prompt))
+def asking(prompt: str, row_id: int = 0) -> PromptRow:
+    return PromptRow(row_id, f"r{row_id}", "hash", prompt, None, {}, "p", len(prompt))
 
 
 def test_a_row_is_leased_with_its_own_settings_over_the_jobs(job: Job, model: ModelFolder) -> None:
@@ -90,11 +90,6 @@ def test_the_context_cuts_an_answer_and_says_so(job: Job, model: ModelFolder) ->
     lease = Clerk(job, model, NAMES, 1000).lease(asking("a" * (TINY_CONTEXT - 5)))
     assert isinstance(lease, Lease)
     assert (lease.row.max_new_tokens, lease.cut_short) == (5, True)
-
-
-def test_rows_go_longest_first_with_their_prefix_behind_them() -> None:
-    rows = [asking("x" * n, n, prefix) for n, prefix in [(3, "a"), (9, "b"), (5, "c"), (7, "a")]]
-    assert [row.length for row in in_order(iter(rows))] == [9, 7, 3, 5]
 
 
 def test_a_file_of_the_users_folder_is_no_module_of_a_worker(tmp_path: Path) -> None:

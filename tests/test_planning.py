@@ -1,6 +1,7 @@
 """What a plan is made from, and what its ring is told: lengths that can occur, room for every row."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from flows.errors import JobError
 from flows.job import Job
+from flows.layout import Layout
 from flows.measure import Measured
 from flows.model import ModelFolder, open_model
 from flows.planning import make_plan, ring_of, workload
@@ -102,7 +104,8 @@ def test_a_job_that_asks_for_int8_has_it_on_every_link_that_carries_activations(
         activation_value_bytes=4, embedding_bytes=100, head_bytes=100, flop_per_token_layer=100.0,
     )  # fmt: skip
     measured = Measured(Cluster(nodes, links), shape, CodecRate(3.0, 1e9), level, 1, ())
-    [pipeline] = make_plan(measured, Workload(9, Lengths(5.0, 5.0), Lengths(5.0, 5.0))).pipelines
+    work = Workload(9, Lengths(5.0, 5.0), Lengths(5.0, 5.0))
+    [pipeline] = make_plan(measured, work, Layout(2)).pipelines
     codecs = {(link.source, link.target): link.codec for link in pipeline.links}
     assert codecs["a", "b"] == level
     assert codecs.get(("b", "a"), "raw") != "int8"
@@ -128,7 +131,7 @@ NINETY = Workload(100, Lengths(50.0, 60.0), Lengths(20.0, 30.0))
 def test_a_stage_whose_layers_do_not_all_fit_streams_some_and_has_room_for_its_rows(
     tight: Measured,
 ) -> None:
-    [pipeline] = make_plan(tight, NINETY).pipelines
+    [pipeline] = make_plan(tight, NINETY, Layout()).pipelines
     [stage], shape = pipeline.stages, tight.model
     ring = ring_of(pipeline, tight, TINY_CONTEXT, NINETY)
     resident = (stage.layers - stage.weights_offloaded + 2) * shape.layer_bytes + 2e8
@@ -142,7 +145,7 @@ def test_a_node_without_a_disk_to_stream_from_says_what_it_lacks(tight: Measured
     [node] = tight.cluster.nodes
     diskless = replace(tight, cluster=Cluster((replace(node, disk_bytes_per_s=0.0),)))
     with pytest.raises(JobError, match=r"no plan fits: memory is short by .* GB"):
-        make_plan(diskless, NINETY)
+        make_plan(diskless, NINETY, Layout())
 
 
 def far_apart(parked_kv_bytes_per_s: float) -> Measured:
@@ -163,7 +166,9 @@ def far_apart(parked_kv_bytes_per_s: float) -> Measured:
 
 
 def test_stages_park_where_memory_for_rows_in_flight_binds_and_it_pays() -> None:
-    without, slow, quick = (make_plan(far_apart(rate), NINETY) for rate in (0.0, 1e7, 1e9))
+    without, slow, quick = (
+        make_plan(far_apart(rate), NINETY, Layout(2)) for rate in (0.0, 1e7, 1e9)
+    )
     assert slow.tokens_per_s == without.tokens_per_s
     assert not any(stage.kv_offloaded for stage in slow.pipelines[0].stages)
     assert quick.tokens_per_s > 2 * without.tokens_per_s
@@ -179,5 +184,19 @@ def test_stages_park_where_memory_for_rows_in_flight_binds_and_it_pays() -> None
 def test_a_job_with_room_for_its_rows_parks_nothing() -> None:
     measured = far_apart(1e9)
     roomy = tuple(replace(node, memory_bytes=1e11) for node in measured.cluster.nodes)
-    plan = make_plan(replace(measured, cluster=replace(measured.cluster, nodes=roomy)), NINETY)
+    cluster = replace(measured.cluster, nodes=roomy)
+    plan = make_plan(replace(measured, cluster=cluster), NINETY, Layout(2))
     assert not any(stage.kv_offloaded for stage in plan.pipelines[0].stages)
+
+
+def test_a_models_digest_is_of_its_weights_as_they_are_now(
+    job: Job, model: ModelFolder, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model.folder, tmp_path / "copy"))
+    copied = job.model_copy(update={"model": str(folder)})
+    assert open_model(copied).digest == model.digest
+    [weights] = folder.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[2**15] ^= 1
+    weights.write_bytes(content)
+    assert open_model(copied).digest != model.digest

@@ -2,6 +2,7 @@
 
 import pytest
 
+from flows.dealing import Told
 from flows.job import Sampling
 from flows.lease import Lease, question
 from flows.twins import REMEMBERED, Twins
@@ -19,11 +20,12 @@ def of(prompt: PromptRow, leased: LeasedRow) -> Lease:
     return Lease(prompt, leased, Sampling(), cut_short=False, question=question(leased))
 
 
-def answer(number: int) -> Answer:
-    return Answer(
+def answer(number: int) -> Told:
+    said = Answer(
         row=number, output_ids=(5,), text="said", finish_reason="stop", prompt_tokens=2,
         output_tokens=1, queued_s=0.0, prefill_s=0.0, decode_s=0.0,
     )  # fmt: skip
+    return Told(3, said)
 
 
 def test_twins_wait_for_the_first_and_later_ones_have_its_answer() -> None:

@@ -1,0 +1,110 @@
+"""Rows that no pipeline has yet: put in order, encoded just ahead of need, and answered in the end."""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+
+from flows.dealing import Told
+from flows.lease import Clerk, Lease
+from flows.twins import Twins
+from stages.control import LeasedRow
+from storage.prompts import PromptRow
+from storage.results import ResultRow
+
+WINDOW_ROWS = 4096
+"""Rows that are put in order at once."""
+BREATH_ROWS = 1024
+"""Rows that end without a pipeline, before what has ended is taken away."""
+
+
+class Waiting:
+    """Prompt rows, window by window: longest first, with its prefix's others right behind it.
+
+    A pipeline keeps to one prefix while it has rows, and takes up one that nobody is at next, so that
+    a beginning is computed by few pipelines. Mutable; owned by the driver's thread.
+    """
+
+    def __init__(self, rows: Iterator[PromptRow], count: int) -> None:
+        """`count` of them will come."""
+        self._rows = rows
+        self._left = count
+        self._ended = False
+        self._groups: dict[str, deque[PromptRow]] = {}
+        """Of the window, by prefix, in order; none is empty."""
+        self._at: dict[int, str] = {}
+        """The prefix that a pipeline is at."""
+
+    def __len__(self) -> int:
+        return 0 if self._ended else max(self._left, 1)  # what is empty has been found to be
+
+    def take(self, pipeline: int) -> PromptRow | None:
+        """The next row for a pipeline; None once there are no more."""
+        if not self._groups and not self._read_window():
+            return None
+        prefix = self._at.get(pipeline)
+        if prefix not in self._groups:
+            prefix = self._at[pipeline] = self._next_prefix()
+        group = self._groups[prefix]
+        row = group.popleft()
+        if not group:
+            del self._groups[prefix]
+        self._left -= 1
+        return row
+
+    def _next_prefix(self) -> str:
+        """The first that nobody is at; else the one with most rows left."""
+        taken = set(self._at.values())
+        free = (prefix for prefix in self._groups if prefix not in taken)
+        return next(free, None) or max(self._groups, key=lambda prefix: len(self._groups[prefix]))
+
+    def _read_window(self) -> bool:
+        window = sorted(islice(self._rows, WINDOW_ROWS), key=lambda row: -row.length)
+        for row in window:
+            self._groups.setdefault(row.prefix_hash, deque()).append(row)
+        self._ended = not window
+        return not self._ended
+
+
+class Intake:
+    """A run's rows on their way to the pipelines, and back; mutable, owned by the driver's thread."""
+
+    def __init__(self, waiting: Waiting, clerk: Clerk) -> None:
+        self._waiting = waiting
+        self._clerk = clerk
+        self._twins = Twins()
+        self._leases: dict[int, Lease] = {}
+        self._ended: list[ResultRow] = []
+        self.unfit = 0
+        """Rows that no pipeline has memory for."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take(self, pipeline: int) -> LeasedRow | None:
+        """The next row that a pipeline must answer; None if there is none, or `ended` grows long."""
+        while len(self._ended) < BREATH_ROWS:
+            prompt = self._waiting.take(pipeline)
+            if prompt is None:
+                return None
+            lease = self._clerk.lease(prompt)
+            if lease is None:
+                self.unfit += 1
+            elif isinstance(lease, ResultRow):
+                self._ended.append(lease)
+            elif (known := self._twins.answer_to(lease)) is not None:
+                self._ended.append(self._clerk.ended(lease, known))
+            elif not self._twins.waits(lease):
+                self._leases[lease.row.row] = lease
+                return lease.row
+        return None
+
+    def take_ended(self) -> list[ResultRow]:
+        """Rows that ended, since this was last asked, without a pipeline of their own."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def answered(self, told: Told) -> Iterator[ResultRow]:
+        """The result of a row, and those of its twins."""
+        first = self._leases.pop(told.answer.row)
+        for lease in (first, *self._twins.answered(first, told)):
+            yield self._clerk.ended(lease, told)

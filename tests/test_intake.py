@@ -1,0 +1,66 @@
+"""Rows wait in order, a pipeline keeps to one beginning, and all of them come out once."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flows.intake import WINDOW_ROWS, Waiting
+from storage.prompts import PromptRow
+
+
+def asking(row_id: int, length: int, prefix: str) -> PromptRow:
+    return PromptRow(row_id, f"r{row_id}", "hash", "x" * length, None, {}, prefix, length)
+
+
+def waiting(*rows: tuple[int, str]) -> Waiting:
+    asked = [asking(n, length, prefix) for n, (length, prefix) in enumerate(rows)]
+    return Waiting(iter(asked), len(asked))
+
+
+def drained(rows: Waiting, pipelines: list[int]) -> list[PromptRow]:
+    """All rows, the pipelines taking turns as told."""
+    found: list[PromptRow] = []
+    while (row := rows.take(pipelines[len(found) % len(pipelines)])) is not None:
+        found.append(row)
+    assert len(rows) == 0
+    return found
+
+
+def test_rows_go_longest_first_with_their_prefix_behind_them() -> None:
+    rows = waiting((3, "a"), (9, "b"), (5, "c"), (7, "a"))
+    assert [row.length for row in drained(rows, [0])] == [9, 7, 3, 5]
+
+
+def test_a_beginning_stays_with_one_pipeline_until_only_others_rows_are_left() -> None:
+    rows = waiting(*[(9, "a")] * 6, *[(8, "b")] * 2, *[(7, "c")] * 2)
+    took = [(n, row.prefix_hash) for n in [0, 1] * 5 if (row := rows.take(n)) is not None]
+    assert [prefix for n, prefix in took if n == 0] == ["a"] * 5
+    assert [prefix for n, prefix in took if n == 1] == ["b", "b", "c", "c", "a"]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from("abcd")), max_size=40),
+    st.lists(st.integers(0, 3), min_size=1, max_size=5),
+)
+def test_every_row_comes_out_once_whoever_asks(
+    rows: list[tuple[int, str]], pipelines: list[int]
+) -> None:
+    found = drained(waiting(*rows), pipelines)
+    assert sorted(row.row_id for row in found) == list(range(len(rows)))
+
+
+def test_no_more_rows_are_held_than_are_put_in_order_at_once() -> None:
+    read = Counter[str]()
+
+    def rows_read() -> Iterator[PromptRow]:
+        for n in range(3 * WINDOW_ROWS):
+            read["rows"] += 1
+            yield asking(n, 1 + n % 7, str(n % 3))
+
+    rows = Waiting(rows_read(), 3 * WINDOW_ROWS)
+    for n in range(WINDOW_ROWS):
+        assert rows.take(n % 2) is not None
+    assert read["rows"] == WINDOW_ROWS
+    assert len(rows) == 2 * WINDOW_ROWS
