@@ -157,7 +157,7 @@ def speed(folder: Path, turns: int, rounds: int) -> list[Claim]:
             Claim(f"{name}: fetching {moved}", 1e3 * each(t.copy_s for t in taken), "ms"),
             Claim(f"{name}: {PARKED:.0%} parked", 1e3 * each(t.parked_s for t in taken), "ms"),
             Claim(f"{name}: of the roofline, {1e3 * roof:.0f} ms",
-                  each(max(t.compute_s, t.copy_s) / t.parked_s for t in taken), "ratio", target=0.9),
+                  each(max(t.compute_s, t.copy_s) / t.parked_s for t in taken), "ratio"),
             Claim(f"{name}: KV wait over the step",
                   each(t.waited_s / t.parked_s for t in taken), "ratio", limit=0.05),
         ]  # fmt: skip

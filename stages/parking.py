@@ -39,23 +39,18 @@ class ParkCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Where in a parked block one pool's share lies."""
+    """Where in a parked block's bytes one pool's share lies."""
 
-    pool: Tensor
-    """[1, heads, places, dim], on the device."""
+    frames: Tensor
+    """The pool, [heads, frames, block_tokens, dim], on the device."""
     first: int
     end: int
 
-    def of(self, staging: Tensor, count: int, block_tokens: int) -> Tensor:
-        """The share of so many blocks, [heads, blocks, block_tokens, dim], in staging's bytes."""
-        heads, dim = self.pool.shape[1], self.pool.shape[3]
-        share = staging[:count, self.first : self.end].view(self.pool.dtype)
-        return share.view(count, heads, block_tokens, dim).transpose(0, 1)
-
-    def frames(self, first: int, count: int, block_tokens: int) -> Tensor:
-        """The same of so many frames of the pool."""
-        there = self.pool[0].narrow(1, first * block_tokens, count * block_tokens)
-        return there.view(len(there), count, block_tokens, there.shape[-1])
+    def of(self, staging: Tensor) -> Tensor:
+        """The share of the blocks in some of staging's records, shaped as so many frames."""
+        heads, _, tokens, dim = self.frames.shape
+        share = staging[:, self.first : self.end].view(self.frames.dtype)
+        return share.view(len(staging), heads, tokens, dim).transpose(0, 1)
 
 
 class Parking:
@@ -74,9 +69,10 @@ class Parking:
         self._device = pools[0].device
         self._parts, end = [], 0
         for pool in pools:
+            by_frame = pool[0].view(pool.shape[1], frames, block_tokens, pool.shape[3])
             first = -(-end // PART_BYTES) * PART_BYTES
-            end = first + pool[0, :, :block_tokens].nbytes
-            self._parts.append(_Part(pool, first, end))
+            end = first + by_frame[:, 0].nbytes
+            self._parts.append(_Part(by_frame, first, end))
         record = pages(end)
         at_once = max(1, STAGING_BYTES // record)
         self._store: BlockStore
@@ -164,25 +160,36 @@ class Parking:
         with self._copies or nullcontext():
             if self._copies is not None and written is not None:
                 self._copies.wait_event(written)
-            for block, frame, count in self._runs(moves.out):
+            for some in self._batches(moves.out):
+                staging, at = self._staging[: len(some)], self._frames(some)
                 for part in self._parts:
-                    there = part.frames(frame, count, self._block_tokens)
-                    part.of(self._staging, count, self._block_tokens).copy_(there)
-                self._store.write(block, self._staging[:count])
-            for block, frame, count in self._runs(moves.back):
-                self._store.read(block, self._staging[:count])
+                    part.of(staging).copy_(part.frames.index_select(1, at))
+                for first, place, end in _runs(some):
+                    self._store.write(first, staging[place:end])
+            for some in self._batches(moves.back):
+                staging, at = self._staging[: len(some)], self._frames(some)
+                for first, place, end in _runs(some):
+                    self._store.read(first, staging[place:end])
                 for part in self._parts:
-                    there = part.frames(frame, count, self._block_tokens)
-                    there.copy_(part.of(self._staging, count, self._block_tokens))
+                    part.frames.index_copy_(1, at, part.of(staging))
             return None if self._copies is None else self._copies.record_event()
 
-    def _runs(self, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-        """(first block, first frame, how many): consecutive in both, no more than staging holds."""
-        at_once = len(self._staging)
-        ordered = sorted(pairs)
-        for _, run in groupby(
-            enumerate(ordered), lambda each: (each[1][0] - each[0], each[1][1] - each[0])
-        ):
-            some = [pair for _, pair in run]
-            for start in range(0, len(some), at_once):
-                yield *some[start], min(at_once, len(some) - start)
+    def _batches(self, pairs: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """The pairs by block, no more at a time than staging holds."""
+        ordered, at_once = sorted(pairs), len(self._staging)
+        for start in range(0, len(ordered), at_once):
+            yield ordered[start : start + at_once]
+
+    def _frames(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """The pairs' frames, on the device."""
+        frames = torch.tensor([frame for _, frame in pairs])
+        if self._copies is None:
+            return frames
+        return frames.pin_memory().to(self._device, non_blocking=True)
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(first block, its place, the place after the last) of consecutive blocks."""
+    for _, run in groupby(enumerate(pairs), lambda each: each[1][0] - each[0]):
+        some = [(block, place) for place, (block, _) in run]
+        yield *some[0], some[-1][1] + 1
