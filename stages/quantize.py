@@ -4,9 +4,7 @@ Only the weights of a layer's linear modules change. Embedding, norms, biases an
 they are, and layers that keep weights elsewhere are refused, not half done.
 """
 
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
@@ -61,10 +59,9 @@ def prepare(weights: WeightKind) -> None:
             f"weights: {weights} needs torchao, which is not installed here: install wagonway with "
             "its extra `quantize` on every node, or ask for weights: stored"
         )
-    with _hushed("torchao", "torch.utils._pytree"):
-        import_module("torchao.quantization")
-        if weights == "int4":
-            import_module("torchao.prototype.quantization.int4")
+    import_module("torchao.quantization")
+    if weights == "int4":
+        import_module("torchao.prototype.quantization.int4")
 
 
 def quantize(layer: nn.Module, weights: WeightKind) -> None:
@@ -133,16 +130,3 @@ def _rounded(linear: Any, weights: WeightKind) -> Tensor:
 
     group = next(group for group in INT4_GROUPS if linear.in_features % group == 0)
     return cast(Tensor, Int4OpaqueTensor.from_hp(weight, [1, group]))
-
-
-@contextmanager
-def _hushed(*names: str) -> Iterator[None]:
-    """Without those loggers' warnings: torchao's import names each CUDA library that is not there."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
