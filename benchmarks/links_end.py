@@ -51,6 +51,8 @@ class Transfer:
     """TLS connections that carry the frames; None for as many as the link takes by itself."""
     message_every_s: float = 0.0
     """0 for no control connection."""
+    frame_every_s: float = 0.0
+    """0 for as many as the link takes."""
     warm_up_s: float = 5.0
     measured_s: float = 20.0
 
@@ -163,8 +165,12 @@ def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
     outbox = Outbox(connection, _note_end)
     payload = memoryview(os.urandom(transfer.payload_bytes))
     number = 0
+    started_s = time.monotonic()
     try:
         while True:
+            early_s = started_s + number * transfer.frame_every_s - time.monotonic()
+            if transfer.frame_every_s and early_s > 0:
+                time.sleep(early_s)
             outbox.put(step_packet(number, payload, transfer.rows))
             number += 1
     except LinkError:  # the receiver has measured enough

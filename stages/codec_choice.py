@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from stages.codec import FAST, RAW
 
 NEWEST_SHARE = 0.2  # of a running mean: five observations make the most of it
+SLOWEST_FRAME = 2.0  # of the mean time a frame takes: what takes longer has waited for a core
 TO_SWITCH = 1.05  # a level must promise this much more than the one in use
 TO_SHRINK = 1.02  # the same where both wait for the link alone: its noise is in both
-THE_SAME = 1.002  # what costs no more than this is taken for equal, and sends fewer bytes
+THE_SAME = 1.01  # what costs no more than this is taken for equal, and sends fewer bytes
 FIRST_PROBES = 2  # frames of each level before the first choice
 PROBE_EVERY = 64
 PROBING_SHARE = 0.002  # of the link's time: a level that loses by far is tried the more rarely
@@ -86,13 +87,12 @@ class LevelChooser:
         first = seen.frames == 0
         seen.frames += 1
         seen.frame_bytes_per_byte = _mean(seen.frame_bytes_per_byte, frame_bytes / raw_bytes, first)
-        seen.encode_s_per_byte = _mean(seen.encode_s_per_byte, encode_s / raw_bytes, first)
+        seen.encode_s_per_byte = _usual(seen.encode_s_per_byte, encode_s / raw_bytes)
 
     def decoded(self, level: str, raw_bytes: int, decode_s: float) -> None:
         """The receiver reports how long decoding a frame took."""
         seen = self._class(raw_bytes).seen[level]
-        first = seen.decode_s_per_byte == 0
-        seen.decode_s_per_byte = _mean(seen.decode_s_per_byte, decode_s / raw_bytes, first)
+        seen.decode_s_per_byte = _usual(seen.decode_s_per_byte, decode_s / raw_bytes)
 
     def delivered(self, frame_bytes: int, busy_s: float) -> None:
         """So many bytes were acknowledged in so many seconds in which the link had work."""
@@ -150,3 +150,10 @@ class LevelChooser:
 
 def _mean(mean: float, newest: float, first: bool) -> float:
     return newest if first else mean + NEWEST_SHARE * (newest - mean)
+
+
+def _usual(mean_s: float, newest_s: float) -> float:
+    """The running mean of what frames take, which one that was kept waiting lifts by little."""
+    if not mean_s:
+        return newest_s
+    return _mean(mean_s, min(newest_s, SLOWEST_FRAME * mean_s), False)

@@ -69,7 +69,9 @@ def upper(elements: NDArray[np.uint8], dtype: str) -> Elements:
 def _related(dtype: str, centres: NDArray[np.uint16], values: Reals, count: int) -> DenseProfile:
     """Pivots and weights, by least squares with a ridge; the counts are still to be made."""
     means, deviations = values.mean(axis=0), values.std(axis=0) + 1e-3
-    normal = (values - means) / deviations
+    normal = values
+    normal -= means
+    normal /= deviations
     pivots = _pivots(normal, count)
     order = np.concatenate([pivots, np.setdiff1d(np.arange(len(centres)), pivots)])
     related = normal[:, pivots].T @ normal[:, order] / len(normal)

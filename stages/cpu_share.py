@@ -43,6 +43,7 @@ class CpuShare:
         self.thread_s = thread_s
         self._seen = (now_s(), idle_s(), busy_s())
         self._bytes = 0
+        self._crowded = False
         self._s_per_byte = 0.0
 
     def started(self) -> tuple[float, float]:
@@ -52,10 +53,10 @@ class CpuShare:
     def cost_s(self, started: tuple[float, float]) -> float:
         """What this thread has done since then has cost.
 
-        Its processor time, where that is taken from the stage's work: what it waited for a core, it
-        waited for that work. Otherwise the time that has passed.
+        Its processor time where no core idles: what coding waits for one, sending would wait as well.
+        Otherwise the time that has passed.
         """
-        if self._s_per_byte:
+        if self._crowded:
             return self.thread_s() - started[1]
         return self._now_s() - started[0]
 
@@ -66,7 +67,8 @@ class CpuShare:
         before_s, idled_s, worked_s = self._seen
         if now_s - before_s >= LOOK_EVERY_S and self._bytes:
             self._seen = (now_s, self._idle_s(), self._busy_s())
-            crowded = self._seen[1] - idled_s < IDLE_CORES * (now_s - before_s)
-            self._s_per_byte = (self._seen[2] - worked_s) / self._bytes if crowded else 0.0
+            self._crowded = self._seen[1] - idled_s < IDLE_CORES * (now_s - before_s)
+            work_s = self._seen[2] - worked_s if self._crowded else 0.0
+            self._s_per_byte = work_s / self._bytes
             self._bytes = 0
         return self._s_per_byte

@@ -8,6 +8,7 @@ connection brought, and forgets them with the connection.
 """
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -27,6 +28,8 @@ from stages.link_dense import Lesson
 from stages.link_meter import LinkMeter, TcpState
 from stages.wire import Ack, ProfileFrame, ProfileHeld, StepFrame
 
+log = logging.getLogger(__name__)
+
 LOSSLESS: Final = (RAW, FAST, DENSE)
 """Among these a link chooses; dense is on offer once both ends are ready for it."""
 DENSE_PAYS_BYTES_PER_S: Final = 100e6  # a link as fast as this waits for what codes densely
@@ -43,8 +46,6 @@ class _Sent:
     coded_bytes: int
     cost_s: float
     """Of coding."""
-    thread_s: float
-    """The sending thread's processor time when it was coded."""
 
 
 @dataclass(slots=True)
@@ -84,12 +85,15 @@ class LinkEncoder:
         self.coded_bytes = 0
         """Of all of them, after."""
         self._run = run
+        self._levels = levels
         offered = tuple(level for level in levels if level != DENSE)
         self._chooser = LevelChooser(offered, start=start if start in offered else offered[0])
         self._cpu = cpu or CpuShare()
         self._clock = clock
         self._sent: dict[int, _Sent] = {}
         self._last: _Sent | None = None
+        self._thread_s = 0.0
+        """The sending thread's processor time when it began to send."""
         self._rows: list[StepFrame] = []
         """What the profile is to be learned from."""
         self._epoch = 0
@@ -131,6 +135,9 @@ class LinkEncoder:
         self._dense.reconnected()
         self._peer_is_dense = peer_is_dense
         self.meter.reconnected()
+        if DENSE in self._levels and not (self._lesson and peer_is_dense):
+            lacking = "the peer's" if self._lesson else "this"
+            log.info("no dense frames reason=%s installation lacks numba", lacking)
 
     def announcement(self) -> Packet | None:
         """A profile's frame, to be sent once for this connection as soon as there is the profile."""
@@ -146,7 +153,6 @@ class LinkEncoder:
         """The message as a packet: an activation is coded here, all else is one already."""
         if isinstance(message, Packet):
             return message
-        self._count_last()
         coded = self._coded(message)
         raw_bytes = message.payload.nbytes
         self.activation_bytes[LEVELS[coded.codec]] += raw_bytes
@@ -159,6 +165,18 @@ class LinkEncoder:
     def sending(self, packet: Packet) -> None:
         """A packet that will be acknowledged is about to be sent."""
         self.meter.sending(packet, self._clock())
+        self._thread_s = self._cpu.thread_s()
+
+    def sent(self) -> None:
+        """That packet is out: what it cost is known, for one thread codes and then sends it.
+
+        Not by the wall, since sending waits for the link. What the thread does besides, such as to hear
+        words, comes in bursts, and is much the same at each level.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            cost_s = last.cost_s + self._cpu.thread_s() - self._thread_s
+            self._chooser.encoded(last.level, last.nbytes, last.coded_bytes, cost_s)
 
     def heard(self, word: Ack | ProfileHeld, tcp: TcpState) -> None:
         """Learn from what the peer says of the frames it got."""
@@ -181,17 +199,9 @@ class LinkEncoder:
         level = self._chooser.choose(raw_bytes)
         started = self._cpu.started()
         coded = step if level == RAW else self._shrunk(step, level)
-        cost_s, thread_s = self._cpu.cost_s(started), self._cpu.thread_s()
-        self._last = _Sent(level, raw_bytes, coded.payload.nbytes, cost_s, thread_s)
+        self._last = _Sent(level, raw_bytes, coded.payload.nbytes, self._cpu.cost_s(started))
         self._sent[step.step.frame] = self._last
         return coded
-
-    def _count_last(self) -> None:
-        """Tell the chooser what the last frame cost: one thread codes and then sends it."""
-        last = self._last
-        if last is not None:
-            cost_s = last.cost_s + self._cpu.thread_s() - last.thread_s
-            self._chooser.encoded(last.level, last.nbytes, last.coded_bytes, cost_s)
 
     def _shrunk(self, step: StepFrame, level: str) -> StepFrame:
         """The frame coded, or as it is where that makes it no smaller."""

@@ -10,14 +10,15 @@ from stages.codec_dense_profile import DenseProfile
 log = logging.getLogger(__name__)
 
 LEARNING_ROWS: Final = 8192  # what to wait for: half as many teach a fifth less
-MAX_LEARNING_BYTES: Final = 64 * 2**20  # kept until then; a wide model's profile makes do with less
+MAX_LEARNING_BYTES: Final = 16 * 2**20  # kept until then; wide models have fewer pivots to teach
 
 
 class Lesson:
     """One boundary's dense profile in the making; for the thread that sends.
 
     Rows are added until they are enough. Then a thread of its own loads the compiled code and learns,
-    and `profile` is there some seconds later; or never, where it cannot be had.
+    which takes six times their memory for a moment, and `profile` is there some seconds later; or
+    never, where it cannot be had.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,8 @@ class Lesson:
         self._pieces.append(piece)
         self._rows += rows
         self._nbytes += piece.nbytes
+        if self._rows >= LEARNING_ROWS // 2:
+            codec_compiled.prepare()
         if self._rows >= LEARNING_ROWS or self._nbytes >= MAX_LEARNING_BYTES:
             self._begun = True
             given = (dtype, (self._rows, channels))
@@ -44,7 +47,7 @@ class Lesson:
     def _learn(self, dtype: str, shape: tuple[int, int]) -> None:
         buffer = b"".join(self._pieces)
         self._pieces.clear()
-        codec_compiled.prepare()
+        codec_compiled.prepare()  # where bytes were many before rows were
         if not codec_compiled.await_ready():
             return
         from stages.codec_dense_learning import learned  # noqa: PLC0415  needs the compiled code

@@ -143,6 +143,7 @@ class Outbox:
                 self._kept.add(packet)
                 self._encoder.sending(packet)
                 self._connection.send(packet)
+                self._encoder.sent()
             elif not self._queue.finished:
                 self._connection.wait(self._bell, None)
                 self._bell.quiet()

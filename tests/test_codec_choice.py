@@ -99,6 +99,18 @@ def test_noise_does_not_make_the_choice_flicker() -> None:
     assert changes <= 2 * probes + 4
 
 
+def test_a_frame_that_was_kept_waiting_changes_nothing_but_a_slower_codec_does() -> None:
+    wire, chooser = Wire(300 * MBIT), LevelChooser((RAW, FAST))
+    assert [wire.send(chooser) for _ in range(40)][-20:].count(FAST) >= 19
+    facts = LEVELS[FAST]
+    sent, usual_s = int(FRAME / facts.ratio), FRAME / facts.encode_bytes_per_s
+    chooser.encoded(FAST, FRAME, sent, 100 * usual_s)
+    assert [wire.send(chooser) for _ in range(20)].count(FAST) >= 19
+    for _ in range(20):
+        chooser.encoded(FAST, FRAME, sent, 100 * usual_s)
+    assert wire.send(chooser) == RAW
+
+
 def test_nothing_known_means_raw_but_for_the_first_probes() -> None:
     chooser = LevelChooser((RAW, FAST))
     assert [chooser.choose(FRAME) for _ in range(2)] == [RAW, RAW]

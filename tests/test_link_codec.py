@@ -161,6 +161,7 @@ def test_the_link_settles_on_the_level_that_its_speed_asks_for(
         packet = encoder.packet(activation(number))
         sent.append(LEVELS[arrived(packet).label.codec])
         encoder.sending(packet)
+        encoder.sent()
         link.send(packet)
         if number % 4 == 3:  # four in flight
             for (due_s, frame), coded in zip(link.due, sent[-4:], strict=True):

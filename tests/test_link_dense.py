@@ -63,6 +63,7 @@ class SlowLink:
         step = activation(self.number)
         packet = self.encoder.packet(step)
         self.encoder.sending(packet)
+        self.encoder.sent()
         self.now_s += packet.size / 2.5e6
         frame = arrived(packet)
         assert self.decoder.opened(frame).payload == step.payload
