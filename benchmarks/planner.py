@@ -10,21 +10,35 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from statistics import median
+from functools import partial
+from statistics import fmean, median
 from typing import TypeVar
 
-from benchmarks.planner_clusters import MODEL_40, MODEL_80, MODEL_126, WORK, random_cluster
+from benchmarks.planner_clusters import (
+    MODEL_32,
+    MODEL_40,
+    MODEL_80,
+    MODEL_126,
+    WORK,
+    random_cluster,
+    shared_cluster,
+)
 from benchmarks.record import Claim, record
 from planner.exact import solve_exactly
 from planner.facts import Cluster, Workload
+from planner.grid import cells
 from planner.large import STEADY, solve_large
-from planner.problem import Found, problem
+from planner.problem import Found, Problem, problem
 from planner.replan import replan
-from planner.solve import solve
+from planner.replica_exact import REPLICA_NODES
+from planner.simulate import simulate
+from planner.solve import best_rings, plan_of, solve
 
 T = TypeVar("T")
 # So many rows that no pipeline is dropped for its tail: gaps are of rates.
 LONG = replace(WORK, rows=10**6)
+WORTH = 1.01
+"""Gains above this are worth a simulation."""
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
@@ -126,6 +140,42 @@ def _replans(cluster: Cluster, work: Workload) -> Iterator[float]:
         yield timed(lambda left=left: replan(plan, left, MODEL_80, work))[1]  # type: ignore[misc]
 
 
+def replicated(clusters: int) -> list[Claim]:
+    """What replicated stages add where links are slow: exact on 5 nodes, searched for on 12."""
+    claims = []
+    for nodes, count in ((REPLICA_NODES, clusters), (12, max(clusters // 2, 1))):
+        gains, seconds, played = [], [], []
+        for seed in range(count):
+            given = problem(shared_cluster(seed, nodes), MODEL_32, WORK)
+            tried = cells(given.work)
+            plain = best_rings(given, tried)
+            if not plain:
+                continue
+            with_them = partial(best_rings, given, tried, replicate=True)
+            rings, took = timed(with_them)
+            gains.append(rate(rings) / rate(plain))
+            seconds.append(took)
+            if gains[-1] > WORTH:
+                played.append(_finish_s(given, plain) / _finish_s(given, rings))
+        name = f"{len(gains)} clusters of {nodes} nodes, shares of machines, 32 layers: replicas"
+        claims += [
+            Claim(f"{name}, share where they add over 1 %", len(played) / len(gains), "share"),
+            Claim(f"{name}, rate over the best without, mean", fmean(gains), "ratio", 1.0),
+            Claim(f"{name}, rate over the best without, most", max(gains), "ratio"),
+            Claim(f"{name}, solver, median", median(seconds), "s"),
+            Claim(f"{name}, solver, slowest", max(seconds), "s"),
+        ]
+        if played:
+            claims.append(Claim(f"{name} that add, simulated, mean", fmean(played), "ratio"))
+    return claims
+
+
+def _finish_s(given: Problem, rings: list[Found]) -> float:
+    """When a job of some rows is done in the simulator."""
+    some = replace(given.work, rows=2_000)
+    return simulate(plan_of(given, rings, 0.0), given.cluster, given.model, some).finish_s
+
+
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,6 +183,7 @@ def main() -> None:
     clusters = parser.parse_args().clusters
     # Memory first: the peak of the process is the peak of this case only while it is the first.
     claims = thousand() + small(max(clusters // 5, 1)) + hundred(clusters) + leaving()
+    claims += replicated(max(clusters // 2, 2))
     record("planner", claims)
 
 

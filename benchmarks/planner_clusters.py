@@ -1,6 +1,7 @@
 """Random clusters of real kinds of machine in regions: fast links inside, slow ones across."""
 
 import random
+from dataclasses import replace
 
 from planner.facts import Cluster, CodecRate, Lengths, Link, ModelShape, Node, Workload
 
@@ -11,6 +12,7 @@ KINDS = (
     ("3090", 3.5e13, 2.4e10, 8.0e11, 6.4e10),
     ("t4", 2.5e13, 1.6e10, 2.8e11, 0.0),
 )
+MODEL_32 = ModelShape(32, 4096, 4.4e8, 4096.0, 2, 1.05e9, 1.05e9, 4.4e8)
 MODEL_80 = ModelShape(80, 8192, 1.71e9, 4096.0, 2, 5.2e8, 5.2e8, 1.7e9)
 MODEL_40 = ModelShape(40, 5120, 6.3e8, 20_480.0, 2, 3.3e8, 3.3e8, 6.3e8)
 MODEL_126 = ModelShape(126, 16_384, 6.3e9, 4096.0, 2, 4.2e9, 4.2e9, 6.3e9)
@@ -30,6 +32,18 @@ def random_cluster(seed: int, nodes: int, regions: int) -> Cluster:
         return Cluster(machines, tuple(near), Link("", "", 0.06, 6e6))
     links = [_link(pick, a, b) for a in machines for b in machines if a != b]
     return Cluster(machines, tuple(links))
+
+
+def shared_cluster(seed: int, nodes: int) -> Cluster:
+    """The same with a share of each machine, none of which holds a model; two regions, or all apart."""
+    cluster, pick = random_cluster(seed, nodes, nodes if seed % 2 else 2), random.Random(seed)
+    machines = tuple(
+        replace(
+            n, memory_bytes=min(n.memory_bytes, 2.4e10) * pick.uniform(0.2, 0.5), host_bytes=0.0
+        )
+        for n in cluster.nodes
+    )
+    return replace(cluster, nodes=machines)
 
 
 def _node(pick: random.Random, number: int, regions: int) -> Node:
