@@ -42,6 +42,9 @@ QUOTAS = (24, 48, 96)
 ROWS = 420
 SLOT_ROWS = 16
 SLOWED = 1.5
+KNOWN_GAIN, GAIN = 0.9, 1.2
+"""A split by speeds that are known exactly, of rows whose lengths are, is hard to beat."""
+SHARE = 0.1
 FORECAST = 0.15
 WAIT_S = 60.0
 _STEPS = (1, 8, 32, 64)
@@ -208,16 +211,18 @@ def full_s(lines: Sequence[Line]) -> float:
     return sum(row.max_new_tokens for row in rows_of()) / rate
 
 
-def claims_of(name: str, site: Site, lines: Sequence[Line], planned: Sequence[Line]) -> list[Claim]:
-    """One pair of pipelines, pulled and split."""
+def claims_of(
+    name: str, site: Site, lines: Sequence[Line], planned: Sequence[Line], gain: float
+) -> list[Claim]:
+    """One pair of pipelines, pulled and split: by how much the first should be the faster."""
     pulled, split = (site.ran(lines, planned, pulled=each) for each in (True, False))
     return [
         Claim(f"{name}: pulled", pulled.seconds, "s"),
         Claim(f"{name}: split", split.seconds, "s"),
-        Claim(f"{name}: pulled, times as fast as split", split.seconds / pulled.seconds, "ratio", 1.0),
+        Claim(f"{name}: pulled, times as fast as split", split.seconds / pulled.seconds, "ratio", gain),
         Claim(f"{name}: of full pipelines to the end", full_s(lines) / pulled.seconds, "ratio"),
         Claim(f"{name}: the first pipeline's share of the tokens, over its share of the speed",
-              pulled.share / shares_of(lines)[0], "ratio", 0.93, 1.07),
+              pulled.share / shares_of(lines)[0], "ratio", 1 - SHARE, 1 + SHARE),
         Claim(f"{name}: simulated, over measured", forecast_s(lines) / pulled.seconds, "ratio",
               1 - FORECAST, 1 + FORECAST),
     ]  # fmt: skip
@@ -240,8 +245,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         site = Site(Path(folder))
         record("pulled", [
-            *claims_of("as planned", site, LINES, LINES),
-            *claims_of(f"the second {SLOWED} times slower than planned", site, slower, LINES),
+            *claims_of("as planned", site, LINES, LINES, KNOWN_GAIN),
+            *claims_of(f"the second {SLOWED} times slower than planned", site, slower, LINES, GAIN),
         ])  # fmt: skip
 
 
