@@ -49,10 +49,10 @@ _NAMES: dict[torch.dtype, DType] = {
 def probe(spec: ProbeSpec) -> ProbeFacts:
     """The facts of this node and model; raises ModelError for a model that must be refused."""
     torch.set_num_threads(spec.threads)
-    check(spec.folder)
+    found: Device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(spec.folder, found)
     prepare(spec.weights)
     process_bytes = own_bytes()  # by now it has what computing takes, but no layer yet
-    found: Device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(found)
     free_bytes = _free_bytes(device)
     shard = Shard.load(ShardSpec(spec.folder, 0, 1, spec.dtype, found, weights=spec.weights))

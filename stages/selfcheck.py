@@ -39,15 +39,16 @@ DECODES = 3
 BLOCK_TOKENS = 8
 
 
-def check(folder: Path) -> float:
+def check(folder: Path, device: str = "cpu") -> float:
     """Refuse a model whose small random likeness we compute differently than `transformers`.
 
-    The answer is the largest difference of a logit, relative to the largest logit. Raises
-    UnsupportedModelError, saying what differs, and CheckpointError for an unreadable config.
+    Ours is computed on the device, theirs by the processor. The answer is the largest difference of
+    a logit, relative to the largest logit. Raises UnsupportedModelError, saying what differs, and
+    CheckpointError for an unreadable config.
     """
     config = read_config(folder)
     try:
-        return _largest_difference(narrowed(config))
+        return _largest_difference(narrowed(config), device)
     except FAMILY_ERRORS as error:
         raise UnsupportedModelError(
             f"{config.model_type}: its layers cannot be run apart: {error!r}"
@@ -103,7 +104,7 @@ def randomise(model: Model) -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
 
 
-def _largest_difference(small: PretrainedConfig) -> float:
+def _largest_difference(small: PretrainedConfig, device: str) -> float:
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as name:
         torch.manual_seed(0)
         build: Any = AutoModelForCausalLM.from_config
@@ -111,7 +112,8 @@ def _largest_difference(small: PretrainedConfig) -> float:
         randomise(reference)
         rows = [torch.randint(0, small.vocab_size, (n + DECODES,)) for n in LENGTHS]
         reference.save_pretrained(name)
-        shards = [Shard.load(ShardSpec(Path(name), i, i + 1, "float32")) for i in range(2)]
+        specs = [ShardSpec(Path(name), i, i + 1, "float32", device) for i in range(2)]
+        shards = [Shard.load(spec) for spec in specs]
     worst = 0.0
     with torch.inference_mode():
         expected = [reference(ids[None], use_cache=False).logits[0] for ids in rows]
@@ -145,7 +147,7 @@ def _ours(shards: list[Shard], rows: list[Tensor]) -> Iterator[_Seen]:
         for shard, cache in zip(shards, caches, strict=True):
             cache.apply(step)
             hidden = shard.forward(step, hidden, cache)
-        for span, logits in zip(step.spans, hidden, strict=True):
+        for span, logits in zip(step.spans, shards[-1].ferry.to_host(hidden), strict=True):
             yield _Seen(span.sequence, span.start + span.tokens - 1, logits)
 
 
