@@ -1,5 +1,6 @@
 """Stages that hold a part of their keys and values say what those that hold all of them say."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from planner.plan import Plan
-from planner.schedule import Grant, Span, Step
+from planner.schedule import Grant, RingShape, Span, Step
 from stages.compute import StageCompute
 from stages.config import Ring, StageSpec
 from stages.control import LeasedRow
@@ -20,6 +21,7 @@ from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, windowed_settings
 from tests.test_devices import DEVICES
 from tests.test_halving import tight
+from tests.test_shard import cut_into, generate, ragged_prompts
 from tests.test_window_ring import WINDOW, assert_greedy, rows_that_share, with_stops
 
 LAYERS = 4
@@ -86,6 +88,25 @@ def test_parking_changes_no_token_of_rows_that_share_make_way_and_are_halved(
         assert ids == calm[i].output_ids[: len(ids) if stopped[i].stop else None]
     assert replayed, "nobody had to make way"
     assert all(p.counts.bytes_out and p.counts.bytes_back for p in parkings), "nothing was parked"
+
+
+def test_micro_batches_that_come_and_go_change_no_token_of_a_stage_that_parks(
+    tmp_path: Path,
+) -> None:
+    write_random_model(tmp_path, "llama", seed=5)
+    shape = RingShape(2, 4, blocks=120, block_tokens=16, step_tokens=260, most_slots=9)
+    pipeline, dice = cut_into(tmp_path, 2, LAYERS, shape, "float32"), random.Random(1)
+    prompts = ragged_prompts(32, vocab=256, longest=150)
+    calm = generate(pipeline, shape, prompts, new_tokens=20)
+    pipeline.caches = [
+        shard.new_cache(shape.blocks, shape.block_tokens, parked=0.6) for shard in pipeline.shards
+    ]
+    found = generate(
+        pipeline, shape, prompts, new_tokens=20, pace=lambda ring: ring.open(dice.randint(1, 9))
+    )
+    assert found == calm
+    parkings = [cache.parking for cache in pipeline.caches]
+    assert all(p is not None and p.counts.bytes_back for p in parkings), "nothing was parked"
 
 
 def filled(device: str, slots: int, share: float) -> tuple[KvCache, dict[int, Tensor]]:

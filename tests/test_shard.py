@@ -1,7 +1,7 @@
 """A model cut into shards computes what `transformers` computes, or says why it cannot."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -68,14 +68,16 @@ def generate(
     prompts: Sequence[list[int]],
     params: SamplingParams = GREEDY,
     new_tokens: int = NEW_TOKENS,
+    pace: Callable[[Ring], None] = lambda _ring: None,
 ) -> list[list[int]]:
-    """Every prompt's continuation, the ring's own policy making the steps."""
+    """Every prompt's continuation, the ring's own policy making the steps; `pace` before each."""
     ring = Ring(shape)
     ids = {row: list(prompt) for row, prompt in enumerate(prompts)}
     for row, prompt in ids.items():
         stages.sampler.admit(row, params, key=row * 7919, seed=11)
         ring.enqueue(row, len(prompt), len(prompt) + new_tokens)
     while (step := ring.next_step()) is not None:
+        pace(ring)
         spans = step.spans
         tokens = [ids[s.sequence][s.start : s.start + s.tokens] for s in spans]
         logits = stages.compute(step, torch.tensor(list(chain(*tokens))))
