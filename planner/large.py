@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.chain import best_split
+from planner.chain import Split, best_split, split_within
 from planner.cost import Bools, Cell, Floats, Ints, Role, forward_link, stage_table
 from planner.exact import EXACT_NODES, solve_exactly
 from planner.grid import cells, near_cells, neighbours
@@ -200,12 +200,19 @@ def _grow(costs: CellCosts, free: Bools, row_s: float, near: float) -> list[Foun
         if not free[seed] or room.left(seed) < costs.stages[Role.MIDDLE].busy_s.shape[1]:
             continue
         order = _grow_one(costs, free, int(seed), held, (hops, near))
-        split = best_split(costs.ring(order)) if order else None
-        if order and split and split.row_s <= row_s * 1.2:
+        split = _split(costs, order, row_s * 1.2) if order else None
+        if order and split:
             rings.append(Found(costs.cell, order, split))
             free[list(order)] = False
             room.take(order)
     return rings
+
+
+def _split(costs: CellCosts, order: tuple[int, ...], most_s: float) -> Split | None:
+    """The best split of a ring; None where it takes longer, which one look at that time tells."""
+    ring = costs.ring(order)
+    within = split_within(ring, most_s)
+    return best_split(ring) if within and within.row_s <= most_s else None
 
 
 class _Room:
