@@ -119,6 +119,20 @@ class ModelShape:
         """How many of these layers see a window."""
         return sum(seen > 0 for seen in self.windows[first_layer:end_layer])
 
+    def seen(self, context: float) -> float:
+        """Positions, of so many before it, that a position attends to: the mean over the layers."""
+        if not self.windows:
+            return context
+        return sum(min(seen or context, context) for seen in self.windows) / len(self.windows)
+
+    def seen_in_prompt(self, prompt: float) -> float:
+        """The same as the mean over the positions of a prompt of so many tokens."""
+        if not self.windows:
+            return prompt / 2.0
+        # Up to the window positions see all before them, and then the window.
+        within = (min(seen or prompt, prompt) for seen in self.windows)
+        return sum(w - w * w / (2.0 * prompt) for w in within) / len(self.windows)
+
     @property
     def activation_bytes_per_token(self) -> float:
         """Bytes that one token position puts on a link, uncompressed."""

@@ -1,6 +1,7 @@
 """Seconds of one layer on one node: from its profile where there is one, else from a roofline.
 
-The roofline of n tokens is max(FLOP / flop_per_s, bytes read / memory_bytes_per_s).
+The roofline of n tokens is max(FLOP / flop_per_s, bytes read / memory_bytes_per_s). Where some layers
+see a window, one layer is the mean of all: so much of the context as they see on average.
 """
 
 from itertools import groupby
@@ -12,12 +13,16 @@ def prefill_layer_s(node: Node, model: ModelShape, tokens: float, prompt: float)
     """Seconds to prefill `tokens` positions in one layer, of prompts of `prompt` tokens each.
 
     A profile is interpolated, and beyond its ends continued: proportionally below the first point,
-    by the last slope above. The roofline counts attention as 4 x hidden x context FLOP a token.
+    by the last slope above. The roofline counts attention as 4 x hidden x what it sees FLOP a token.
     """
     if node.layer_s and node.layer_s.prefill:
         return _along(((0.0, 0.0), *node.layer_s.prefill), tokens)
-    flop = tokens * (model.flop_per_token_layer + 2.0 * model.hidden * prompt)
+    flop = _prefill_flop(model, tokens, prompt)
     return max(flop / node.flop_per_s, model.layer_bytes / node.memory_bytes_per_s)
+
+
+def _prefill_flop(model: ModelShape, tokens: float, prompt: float) -> float:
+    return tokens * (model.flop_per_token_layer + 4.0 * model.hidden * model.seen_in_prompt(prompt))
 
 
 def decode_layer_s(
@@ -29,10 +34,16 @@ def decode_layer_s(
     """
     if node.layer_s and node.layer_s.decode:
         return _profiled_decode_s(node, model, rows, context, width)
-    tokens = rows * width
-    flop = tokens * (model.flop_per_token_layer + 4.0 * model.hidden * context)
-    read = model.layer_bytes + rows * context * model.kv_bytes_per_token_layer
+    flop, read = _decode_flop_and_bytes(model, rows, context, width)
     return max(flop / node.flop_per_s, read / node.memory_bytes_per_s)
+
+
+def _decode_flop_and_bytes(
+    model: ModelShape, rows: float, context: float, width: int
+) -> tuple[float, float]:
+    seen = model.seen(context)
+    flop = rows * width * (model.flop_per_token_layer + 4.0 * model.hidden * seen)
+    return flop, model.layer_bytes + rows * seen * model.kv_bytes_per_token_layer
 
 
 def head_s(node: Node, model: ModelShape, rows: float) -> float:
@@ -57,8 +68,8 @@ def _profiled_decode_s(
         return max(_along(tuple(curves), context), min(s for _, s in curves) / 2)
     measured, seconds = curves[0]
     # One context was measured: longer ones read more keys and values, by the memory's speed.
-    more = rows * (context - measured) * model.kv_bytes_per_token_layer / node.memory_bytes_per_s
-    return max(seconds + more, seconds / 2)
+    more = rows * (model.seen(context) - model.seen(measured)) * model.kv_bytes_per_token_layer
+    return max(seconds + more / node.memory_bytes_per_s, seconds / 2)
 
 
 def _from_floor(points: tuple[tuple[float, float], ...], x: float) -> float:
@@ -96,7 +107,6 @@ def step_layer_s(
     if node.layer_s and node.layer_s.decode:
         total = decode_layer_s(node, model, rows, context, width) if rows else 0.0
         return total + (prefill_layer_s(node, model, tokens, prompt) if tokens else 0.0)
-    flop = rows * width * (model.flop_per_token_layer + 4.0 * model.hidden * context)
-    flop += tokens * (model.flop_per_token_layer + 2.0 * model.hidden * prompt)
-    read = model.layer_bytes + rows * context * model.kv_bytes_per_token_layer
+    flop, read = _decode_flop_and_bytes(model, rows, context, width)
+    flop += _prefill_flop(model, tokens, prompt) if tokens else 0.0
     return max(flop / node.flop_per_s, read / node.memory_bytes_per_s)

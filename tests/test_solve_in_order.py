@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from planner.cost import Cell
+from planner.cost import Cell, mean_context
 from planner.explain import explain
 from planner.facts import (
     Cluster,
@@ -17,6 +17,7 @@ from planner.facts import (
     Node,
     Workload,
 )
+from planner.layer_times import decode_layer_s
 from planner.solve import solve_in_order
 from tests.planner_oracle import random_case, ring_row_s
 
@@ -110,3 +111,29 @@ def test_explanation_names_the_limit_and_the_facts() -> None:
 def test_what_cannot_be_is_refused_in_numbers(cluster: Cluster, words: str) -> None:
     with pytest.raises(InfeasibleError, match=words):
         solve_in_order(cluster, MODEL, WORK)
+
+
+def test_windows_as_wide_as_the_longest_row_change_nothing() -> None:
+    wide = replace(MODEL, windows=(1000, 0) * 6)
+    plain, windowed = (solve_in_order(three(1, 2, 1), model, WORK) for model in (MODEL, wide))
+    assert windowed.rows_per_s == pytest.approx(plain.rows_per_s)
+
+
+def test_layers_that_see_a_window_read_no_more_than_that() -> None:
+    # Long contexts: decoding is bound by reading KV, of which half of the layers have an eighth.
+    work = replace(WORK, prompt_tokens=Lengths(4096, 4096), output_tokens=Lengths(64, 64))
+    heavy = replace(MODEL, kv_bytes_per_token_layer=65_536.0)
+    windowed = replace(heavy, windows=(516, 0) * 6)
+    slow, fast = (
+        decode_layer_s(node("a"), model, 8, mean_context(work)) for model in (heavy, windowed)
+    )
+    read = 8 * 65_536.0 * (516 + mean_context(work)) / 2
+    assert fast == pytest.approx((MODEL.layer_bytes + read) / 1e10)
+    assert slow > 1.7 * fast
+
+
+def test_prompt_positions_see_what_came_before_them_within_the_window() -> None:
+    model = replace(MODEL, windows=(10,) * 12)
+    exact = sum(min(10, i + 0.5) for i in range(40)) / 40
+    assert model.seen_in_prompt(40) == pytest.approx(exact)
+    assert model.seen_in_prompt(6) == pytest.approx(3.0)
