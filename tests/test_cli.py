@@ -53,6 +53,8 @@ def test_every_command_explains_itself(command: str, run: Run) -> None:
         ("run", "nowhere.yaml", "--stages", "0"),
         ("run", "nowhere.yaml", "--stages", "two"),
         ("run", "nowhere.yaml", "--fast"),
+        ("run", "nowhere.yaml", "--pipelines", "2", "--processes", "3"),
+        ("run", "nowhere.yaml", "--stages", "9", "--pipelines", "9"),
         ("query",),
         ("query", "select 1", "--format", "xml"),
         ("verify",),
