@@ -241,14 +241,12 @@ def decode(
                     slot = state & (SLOTS - 1)
                     symbol = np.int64(model.slots[context * SLOTS + slot])
                     entry = context * SYMBOLS + symbol
-                    state = model.counts[entry] * (state >> SCALE_BITS) + (
-                        slot - model.starts[entry]
-                    )
+                    rest = slot - model.starts[entry]
+                    state = model.counts[entry] * (state >> SCALE_BITS) + rest
                     if state < LEAST_STATE:
                         if word == words.size:
                             return TORN
-                        state = state << 16 | words[word]
-                        word += 1
+                        state, word = state << 16 | words[word], word + 1
                     states[lane] = state
                     lane = (lane + 1) % LANES
                     channel = model.order[i]

@@ -1,14 +1,10 @@
 """The codec of one link: what its sending thread codes with, and its receiving thread decodes with.
 
-Neither touches a socket. The encoder chooses each frame's level by what the link was seen to do,
-learns the boundary's profiles from the first rows that it codes, announces each once for a connection,
-and codes with it once the peer has said that it holds it: one for the level fast, and, where both ends
-have compiled code, one without which there is no level dense. The decoder holds the profiles that its
-connection brought, and forgets them with the connection.
+Neither touches a socket. The encoder chooses each frame's level by what the link was seen to do, and
+codes with the profiles that both ends share by then. The decoder holds the profiles that its connection
+brought, and forgets them with the connection.
 """
 
-import contextlib
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -19,16 +15,14 @@ from stages import codec_compiled
 from stages.codec import DENSE, FAST, LEVELS, RAW, AnyProfile, decode, encode
 from stages.codec_choice import LevelChooser
 from stages.codec_dense_profile import DenseProfile
-from stages.codec_profile import LEARNING_ROWS, Profile
+from stages.codec_profile import Profile
 from stages.control import LinkReport
 from stages.cpu_share import CpuShare
 from stages.errors import FrameError
 from stages.frame import Frame, Kind, Packet
-from stages.link_dense import Lesson
 from stages.link_meter import LinkMeter, TcpState
+from stages.link_profiles import SharedProfiles, described
 from stages.wire import Ack, ProfileFrame, ProfileHeld, StepFrame
-
-log = logging.getLogger(__name__)
 
 LOSSLESS: Final = (RAW, FAST, DENSE)
 """Among these a link chooses; dense is on offer once both ends are ready for it."""
@@ -46,22 +40,6 @@ class _Sent:
     coded_bytes: int
     cost_s: float
     """Of coding."""
-
-
-@dataclass(slots=True)
-class _Shared:
-    """A profile on its way to be shared with the other end."""
-
-    profile: AnyProfile | None = None
-    announced: bool = False
-    """On this connection."""
-    held: bool = False
-    """By the other end, as it said on this connection."""
-    relied_on: bool = False
-    """Frames that wait to be sent again may need it."""
-
-    def reconnected(self) -> None:
-        self.announced = self.held = False
 
 
 class LinkEncoder:
@@ -85,7 +63,6 @@ class LinkEncoder:
         self.coded_bytes = 0
         """Of all of them, after."""
         self._run = run
-        self._levels = levels
         offered = tuple(level for level in levels if level != DENSE)
         self._chooser = LevelChooser(offered, start=start if start in offered else offered[0])
         self._cpu = cpu or CpuShare()
@@ -94,13 +71,7 @@ class LinkEncoder:
         self._last: _Sent | None = None
         self._thread_s = 0.0
         """The sending thread's processor time when it began to send."""
-        self._rows: list[StepFrame] = []
-        """What the profile is to be learned from."""
-        self._epoch = 0
-        self._learning = True
-        self._lesson = Lesson() if DENSE in levels and codec_compiled.installed() else None
-        self._peer_is_dense = False
-        self._fast, self._dense = _Shared(relied_on=True), _Shared()
+        self._profiles = SharedProfiles(run, levels)
 
     @property
     def bytes_per_s(self) -> float:
@@ -111,8 +82,7 @@ class LinkEncoder:
     @property
     def waiting_for_word(self) -> bool:
         """Whether a profile that frames rely on was announced here, and not acknowledged yet."""
-        shared = (self._fast, self._dense)
-        return any(each.relied_on and each.announced and not each.held for each in shared)
+        return self._profiles.waiting_for_word
 
     def report(self, carried: LinkReport) -> LinkReport:
         """What the link was seen to do, beside what its connections have carried."""
@@ -131,23 +101,12 @@ class LinkEncoder:
 
     def reconnected(self, peer_is_dense: bool = False) -> None:
         """A new connection: its other end holds no profile, and can decode dense frames or cannot."""
-        self._fast.reconnected()
-        self._dense.reconnected()
-        self._peer_is_dense = peer_is_dense
+        self._profiles.reconnected(peer_is_dense)
         self.meter.reconnected()
-        if DENSE in self._levels and not (self._lesson and peer_is_dense):
-            lacking = "the peer's" if self._lesson else "this"
-            log.info("no dense frames reason=%s installation lacks numba", lacking)
 
     def announcement(self) -> Packet | None:
         """A profile's frame, to be sent once for this connection as soon as there is the profile."""
-        if self._lesson is not None:
-            self._dense.profile = self._lesson.profile
-        for shared in (self._fast, self._dense):
-            if shared.profile is not None and not shared.announced:
-                shared.announced = True
-                return ProfileFrame(self._epoch, shared.profile.tobytes()).encode(self._run)
-        return None
+        return self._profiles.announcement()
 
     def packet(self, message: Packet | StepFrame) -> Packet:
         """The message as a packet: an activation is coded here, all else is one already."""
@@ -159,7 +118,8 @@ class LinkEncoder:
         self.coded_bytes += coded.payload.nbytes
         self._chooser.compute_s_per_byte = self._cpu.s_per_byte(raw_bytes)
         if LEVELS[coded.codec] == FAST:
-            self._learn(message)
+            slow = 0 < self.bytes_per_s < DENSE_PAYS_BYTES_PER_S
+            self._profiles.learn(message, dense_pays=slow)
         return coded.encode(self._run)
 
     def sending(self, packet: Packet) -> None:
@@ -181,7 +141,8 @@ class LinkEncoder:
     def heard(self, word: Ack | ProfileHeld, tcp: TcpState) -> None:
         """Learn from what the peer says of the frames it got."""
         if isinstance(word, ProfileHeld):
-            self._note_held(word.profile_id)
+            if self._profiles.heard(word):
+                self._chooser.offer(DENSE)
             return
         seen = self.meter.acknowledged(word.frame, word.held_us / 1e6, self._clock(), tcp)
         if seen is not None:
@@ -205,40 +166,11 @@ class LinkEncoder:
 
     def _shrunk(self, step: StepFrame, level: str) -> StepFrame:
         """The frame coded, or as it is where that makes it no smaller."""
-        shared = self._dense if level == DENSE else self._fast
-        profile = shared.profile if shared.held else None
-        coded = encode(step.payload, *_described(step), level, profile)
+        coded = encode(step.payload, *described(step), level, self._profiles.usable(level))
         if coded.level == RAW:
             return step
         payload = memoryview(coded.tobytes())
         return replace(step, payload=payload, codec=LEVELS.index(coded.level))
-
-    def _note_held(self, profile_id: int) -> None:
-        for shared in (self._fast, self._dense):
-            if shared.profile is not None and shared.profile.id == profile_id:
-                shared.held = shared.relied_on = True
-        if self._dense.held:
-            self._chooser.offer(DENSE)
-
-    def _learn(self, step: StepFrame) -> None:
-        """Collect rows until they are enough for each profile."""
-        dtype, (rows, channels) = _described(step)
-        slow = 0 < self.bytes_per_s < DENSE_PAYS_BYTES_PER_S
-        if self._lesson is not None and self._peer_is_dense and slow:
-            self._lesson.add(step.payload, dtype, rows, channels)
-        if self._learning:
-            self._rows.append(step)
-            rows = sum(each.step.tokens for each in self._rows)
-            if rows >= LEARNING_ROWS:
-                self._make_profile(dtype, (rows, channels))
-            self._epoch = step.epoch
-
-    def _make_profile(self, dtype: str, shape: tuple[int, int]) -> None:
-        self._learning = False
-        buffer = b"".join(each.payload for each in self._rows)
-        self._rows.clear()
-        with contextlib.suppress(ValueError):  # zeros among the numbers: there is nothing to learn
-            self._fast.profile = Profile.learned(buffer, dtype, shape)
 
 
 class LinkDecoder:
@@ -338,8 +270,3 @@ class LinkDecoder:
         return replace(
             frame, label=replace(label, codec=LEVELS.index(RAW)), payload=decoded.buffer.data
         )
-
-
-def _described(step: StepFrame) -> tuple[str, tuple[int, int]]:
-    """An activation's dtype and shape, as the codec takes them."""
-    return step.dtype.name.lower(), (step.step.tokens, step.hidden)
