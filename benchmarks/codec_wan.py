@@ -44,7 +44,7 @@ RUN = "codec"
 NAMES = ("a", "b")
 CHANNELS = 256
 ROWS_AT_HAND = 5 * LEARNING_ROWS
-UNDER_WAY_BYTES = 2**20
+UNDER_WAY_BYTES = 2**21
 ROWS = {"12 KiB": 24, "192 KiB": 384}
 WIRES = {
     "10 Mbit/s": Path(10e6, 0.020),
