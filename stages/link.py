@@ -247,10 +247,10 @@ class Connection:
     @contextlib.contextmanager
     def _sole_use(self) -> Iterator[None]:
         if not self._use.acquire(blocking=False):
+            self._require_open()  # else it may be `close` that holds it, for a moment
             raise RuntimeError(f"two threads use the TLS connection to {self.peer}")
         try:
-            if self._closing:
-                raise LinkError(f"the connection to {self.peer} was closed here")
+            self._require_open()
             yield
         except OSError as error:
             raise link_error(f"the connection to {self.peer}", error) from error
@@ -258,6 +258,10 @@ class Connection:
             self._use.release()
             if self._closing:
                 self._free()
+
+    def _require_open(self) -> None:
+        if self._closing:
+            raise LinkError(f"the connection to {self.peer} was closed here")
 
     def _advance(self, count: int) -> Frame | None:
         if count == 0:

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import ssl
 import threading
 import time
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_two_threads_on_one_tls_object_are_noticed(net: Net) -> None:
         far.send(step_packet(1))
     near.send(step_packet(1))
     reading.join()
+
+
+def test_a_connection_that_another_thread_is_closing_was_closed_here(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _far = net.pair()
+    free, refused = ssl.SSLSocket.close, []
+
+    def send_while_freeing(tls: ssl.SSLSocket) -> None:
+        if tls in near.sockets and not refused:
+            with pytest.raises(LinkError, match="closed here") as caught:
+                near.send(step_packet(1))
+            refused.append(caught.value)
+        free(tls)
+
+    monkeypatch.setattr(ssl.SSLSocket, "close", send_while_freeing)
+    near.close()
+    assert refused
 
 
 DYING = """
