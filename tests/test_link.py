@@ -216,7 +216,8 @@ def test_a_connection_that_another_thread_is_closing_was_closed_here(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, _far = net.pair()
-    free, refused = ssl.SSLSocket.close, []
+    free = ssl.SSLSocket.close
+    refused: list[LinkError] = []
 
     def send_while_freeing(tls: ssl.SSLSocket) -> None:
         if tls in near.sockets and not refused:
