@@ -24,12 +24,15 @@ from benchmarks.record import Claim, record
 from benchmarks.wan import Namespaces, Path, Traffic, Wan, obstacle
 from benchmarks.wan_child import line_of
 from stages.identity import make_identity
-from stages.tcp import BBR_STRIPES, OTHER_STRIPES
+from stages.tcp import BBR_BUNDLE, OTHER_BUNDLE, Bundle
 
 RATE_BIT_PER_S = 100e6
 LOSSES = (0.0, 0.001, 0.01)
 CONTROLS = ("bbr", "cubic")
-STREAMS = (("bbr", BBR_STRIPES), ("bbr", 4), ("cubic", 1), ("cubic", OTHER_STRIPES))
+STREAMS = (
+    ("bbr", BBR_BUNDLE), ("bbr", Bundle(1)), ("bbr", Bundle(4)),
+    ("cubic", Bundle(1)), ("cubic", OTHER_BUNDLE),
+)  # fmt: skip
 """Congestion control and TLS connections: as a host with BBR has it, or without."""
 FRAME_BYTES = {"12 KiB": 12 * 2**10, "64 KiB": 64 * 2**10, "1 MiB": 2**20}
 ROWS = 32
@@ -61,15 +64,24 @@ def goodput(folder: FilePath) -> list[Claim]:
     """1 MiB frames at a round trip of 200 ms, with losses both ways; and what the wire dropped."""
     claims = []
     for loss in LOSSES:
-        for control, stripes in STREAMS:
+        for control, bundle in STREAMS:
             path = Path(RATE_BIT_PER_S, 0.100, loss)
             frame_bytes = FRAME_BYTES["1 MiB"]
-            transfer = Transfer(frame_bytes, ROWS, control, stripes, warm_up_s=8, measured_s=21)
+            transfer = Transfer(
+                frame_bytes,
+                ROWS,
+                control,
+                bundle.stripes,
+                bundle.in_turns,
+                warm_up_s=8,
+                measured_s=21,
+            )
             received, sent, carried = run(folder, path, transfer)
             assert sent.congestion_control == control
             share = 100 * received.goodput_bytes_per_s * 8 / RATE_BIT_PER_S
-            claim = f"1 MiB frames, RTT 200 ms, {100 * loss:g} % loss, {control} x{stripes}"
-            usual = (control, stripes) == ("bbr", BBR_STRIPES)
+            streams = f"{control} x{bundle.stripes}{', in turns' if bundle.in_turns else ''}"
+            claim = f"1 MiB frames, RTT 200 ms, {100 * loss:g} % loss, {streams}"
+            usual = bundle is BBR_BUNDLE
             claims.append(
                 Claim(f"goodput, {claim}", share, "% of 100 Mbit/s", 92 if usual else None)
             )
@@ -94,10 +106,14 @@ def small_delay(folder: FilePath) -> list[Claim]:
     for rtt_s in (0.02, 0.2):
         path = Path(RATE_BIT_PER_S, rtt_s / 2)
         warm_up_s = 2 + WARM_UP_RTTS * rtt_s
-        alone, _, _ = run(folder, path, Transfer(0, ROWS, "bbr", None, MESSAGE_EVERY_S, 1.0, 5.0))
+        alone, _, _ = run(
+            folder,
+            path,
+            Transfer(0, ROWS, message_every_s=MESSAGE_EVERY_S, warm_up_s=1.0, measured_s=5.0),
+        )
         for control in CONTROLS:
             transfer = Transfer(
-                FRAME_BYTES["1 MiB"], ROWS, control, 1, MESSAGE_EVERY_S, warm_up_s, 20
+                FRAME_BYTES["1 MiB"], ROWS, control, 1, False, MESSAGE_EVERY_S, warm_up_s, 20
             )
             beside, _, _ = run(folder, path, transfer)
             added_s = beside.message_delay_s - alone.message_delay_s

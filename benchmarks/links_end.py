@@ -31,6 +31,7 @@ from stages.link import Connection
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
+from stages.tcp import Bundle
 from stages.trust import Trust
 from stages.wire import StepFrame
 
@@ -49,6 +50,8 @@ class Transfer:
     congestion_control: str = "bbr"
     stripes: int | None = None
     """TLS connections that carry the frames; None for as many as the link takes by itself."""
+    in_turns: bool = False
+    """Whether these do so one at a time."""
     message_every_s: float = 0.0
     """0 for no control connection."""
     frame_every_s: float = 0.0
@@ -159,7 +162,8 @@ def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
             return Sent(control.congestion_control, (0.0, 0.0))
         telling = (duplex, transfer.message_every_s)
         threading.Thread(target=_tell, args=telling, daemon=True).start()
-    connection = dial(trust, "b", address, _hello("a", "data"), DIAL_S, transfer.stripes)
+    bundle = None if transfer.stripes is None else Bundle(transfer.stripes, transfer.in_turns)
+    connection = dial(trust, "b", address, _hello("a", "data"), DIAL_S, bundle)
     chosen = choose_congestion_control(connection, transfer.congestion_control)
     used_s = _used_s()
     outbox = Outbox(connection, _note_end)

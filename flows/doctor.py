@@ -57,12 +57,13 @@ def examine() -> list[Finding]:
 
 def _links() -> Iterator[Finding]:
     habits = link_habits()
-    stripes = f"{habits.stripes} TLS connection{'s' * (habits.stripes > 1)} a link"
+    order = "in turns" if habits.bundle.in_turns else "at once"
+    found = f"{habits.congestion_control}, {habits.bundle.stripes} TLS connections a link, {order}"
     if habits.congestion_control == "bbr":
-        yield Finding("congestion control", f"bbr, {stripes}", "ok")
+        yield Finding("congestion control", found, "ok")
     else:
         yield Finding(
-            "congestion control", f"{habits.congestion_control}, {stripes}", "note",
+            "congestion control", found, "note",
             "on a wire that loses packets BBR carries many times as much: as root, `modprobe tcp_bbr` "
             "and add bbr to net.ipv4.tcp_allowed_congestion_control",
         )  # fmt: skip

@@ -109,6 +109,8 @@ class Hello(_Message):
     stripe: int = Field(default=0, ge=0, lt=MAX_STRIPES)
     """Which of them this is."""
     stripes: int = Field(default=1, ge=1, le=MAX_STRIPES)
+    in_turns: bool = False
+    """Whether one at a time carries frames, in place of all at once."""
     host: str = Field(default="", max_length=255)
     """Where this process listens, for the plan; empty if nowhere."""
     port: Port = 0

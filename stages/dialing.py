@@ -25,7 +25,7 @@ from stages.frame import (
 )
 from stages.greeting import Address, left_s, read_greeting, send_greeting
 from stages.link import Connection
-from stages.tcp import link_error, link_habits, tune
+from stages.tcp import Bundle, link_error, link_habits, tune
 from stages.trust import Trust
 
 
@@ -35,12 +35,12 @@ def dial(
     address: Address,
     hello: Hello,
     timeout_s: float,
-    stripes: int | None = None,
+    bundle: Bundle | None = None,
 ) -> Connection:
     """
     A connection to the member of that name, tried until it stands or the time is over.
 
-    Data takes as many `stripes` as suit this host's congestion control, where none are named. Raises
+    Data takes the `bundle` that suits this host's congestion control, where none is named. Raises
     PeerRefusedError where another certificate answers or the listener refuses ours,
     RunMismatchError and EpochMismatchError where the listener serves another run or a later plan,
     LinkTimeoutError where nobody answers in time.
@@ -49,7 +49,7 @@ def dial(
     pause_s = 0.05
     while True:
         try:
-            return dial_once(trust, peer, address, hello, deadline_s - time.monotonic(), stripes)
+            return dial_once(trust, peer, address, hello, deadline_s - time.monotonic(), bundle)
         except LinkError as error:
             if time.monotonic() + pause_s >= deadline_s:
                 place = f"{peer} at {address[0]}:{address[1]}"
@@ -64,13 +64,15 @@ def dial_once(
     address: Address,
     hello: Hello,
     timeout_s: float,
-    stripes: int | None = None,
+    bundle: Bundle | None = None,
 ) -> Connection:
     """One attempt of `dial`: raises LinkError at once where nobody listens."""
     deadline_s = time.monotonic() + timeout_s
-    if stripes is None:
-        stripes = link_habits().stripes if hello.purpose == "data" else 1
-    stream = {"stream": secrets.randbits(64) if stripes > 1 else 0, "stripes": stripes}
+    if bundle is None:
+        bundle = link_habits().bundle if hello.purpose == "data" else Bundle()
+    stripes = bundle.stripes
+    number = secrets.randbits(64) if stripes > 1 else 0
+    stream = {"stream": number, "stripes": stripes, "in_turns": bundle.in_turns}
     hellos = [hello.model_copy(update=stream | {"stripe": stripe}) for stripe in range(stripes)]
     with ThreadPoolExecutor(stripes) as pool, contextlib.ExitStack() as undo:
         dialled = [pool.submit(_dialled, trust, peer, address, h, deadline_s) for h in hellos]

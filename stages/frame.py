@@ -62,6 +62,7 @@ class Kind(IntEnum):
     ACK = 4
     PROFILE = 5
     PROFILE_HELD = 6
+    TURN = 7
     HELLO = 16
     WELCOME = 17
     REFUSED = 18
@@ -98,10 +99,11 @@ _ACTIVATION_DTYPES = frozenset({Dtype.FLOAT32, Dtype.BFLOAT16, Dtype.FLOAT16})
 _KINDS = {int(kind): kind for kind in Kind}
 _DTYPES = {int(dtype): dtype for dtype in Dtype}
 RING_KINDS = frozenset({Kind.STEP, Kind.SAMPLES, Kind.STEP_FAILED, Kind.PROFILE})
+TURN_KINDS = frozenset({Kind.TURN})
 GREETING_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.REFUSED})
 PAYLOAD_KINDS = frozenset({Kind.STEP, Kind.SAMPLES})
 ACK_KINDS = frozenset({Kind.ACK, Kind.PROFILE_HELD})
-CONTROL_KINDS = (frozenset(Kind) - RING_KINDS - GREETING_KINDS - ACK_KINDS) | {Kind.ACK}
+CONTROL_KINDS = frozenset(Kind) - RING_KINDS - TURN_KINDS - GREETING_KINDS - ACK_KINDS | {Kind.ACK}
 _NUMBERLESS = GREETING_KINDS | {Kind.BYE}
 _BULKY = frozenset({Kind.STEP, Kind.SAMPLES, Kind.ROWS, Kind.ANSWERS})
 RAW = 0
@@ -271,6 +273,8 @@ def _payload_limit(kind: Kind) -> int:
         return MAX_FRAME_BYTES
     if kind in ACK_KINDS:
         return MAX_ACK_BYTES
+    if kind in TURN_KINDS:
+        return 0
     return MAX_GREETING_BYTES if kind in GREETING_KINDS else MAX_CONTROL_BYTES
 
 

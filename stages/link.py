@@ -20,12 +20,24 @@ from typing import Literal, TypeAlias
 
 from stages.control import Hello, LinkReport
 from stages.errors import LinkError, PeerClosedError
-from stages.frame import ACK_KINDS, PAYLOAD_KINDS, Frame, Kind, Packet, check_place, run_number
+from stages.frame import (
+    ACK_KINDS,
+    PAYLOAD_KINDS,
+    TURN_KINDS,
+    Frame,
+    Kind,
+    Label,
+    Packet,
+    check_place,
+    run_number,
+    seal,
+)
 from stages.frame_reader import FrameReader
 from stages.link_meter import TcpState
 from stages.send_queue import Bell
 from stages.stripes import Stripes
-from stages.tcp import congestion_control, link_error, part
+from stages.tcp import congestion_control, limit_unsent, link_error, part
+from stages.turns import UNSENT_BYTES, Turns
 
 Purpose: TypeAlias = Literal["data", "control"]
 
@@ -62,7 +74,8 @@ class Connection:
     """
     A TLS connection to a peer whose name, run and epoch were checked; used by one thread.
 
-    Of several TLS sockets it makes one stream of bytes; it breaks when any of them does.
+    Of several TLS sockets it makes one stream of bytes, or has them carry frames in turns; it breaks
+    when one that it uses does.
     """
 
     def __init__(
@@ -82,13 +95,17 @@ class Connection:
         self.congestion_control = congestion_control(sockets[0])
         self.sockets = tuple(sockets)
         self._tls = sockets[0]
-        self._stream = Stripes(sockets) if len(sockets) > 1 else sockets[0]
+        at_once = len(sockets) > 1 and not hello.in_turns
+        if hello.in_turns:
+            for tls in sockets:
+                limit_unsent(tls, UNSENT_BYTES)
+        self._lanes = (Stripes(sockets),) if at_once else self.sockets
+        """What carries a frame by itself."""
+        self._sending, self._receiving = Turns(len(self._lanes)), Turns(len(self._lanes))
         self.run = run_number(hello.run)
         """The number under which frames of this run travel."""
         self._epoch = hello.epoch if purpose == "data" else None
-        self._reader = FrameReader(incoming)
-        self._incoming = select.poll()
-        self._incoming.register(self._tls, select.POLLIN)
+        self._reader = FrameReader(incoming | TURN_KINDS if hello.in_turns else incoming)
         self._use = threading.Lock()
         self._closing = False
 
@@ -125,7 +142,8 @@ class Connection:
 
     def tcp_state(self) -> TcpState:
         """What the system says of the connection; for the using thread."""
-        return TcpState.together([TcpState.of(tls) for tls in self.sockets])
+        states = [TcpState.of(tls) for tls in self.sockets]
+        return TcpState.together(states, self._sending.current if self.hello.in_turns else None)
 
     def succeed(self, broken: "Connection") -> None:
         """Take over the counters and the share of room of the connection that this one replaces."""
@@ -136,33 +154,46 @@ class Connection:
         """Send one frame whole; blocks while the peer takes nothing, raises LinkError."""
         with self._sole_use():
             started_s, worked_s = time.perf_counter(), time.thread_time()
-            for piece in pieces(packet):
-                self._stream.sendall(piece)
+            if packet.kind in PAYLOAD_KINDS and self._sending.over(time.monotonic()):
+                self._write(seal(Label(Kind.TURN, self.run, self.hello.epoch), b"", b""))
+                self._sending.pass_on()
+                self._write(packet, opening=True)
+            else:
+                self._write(packet)
             waited_s = (time.perf_counter() - started_s) - (time.thread_time() - worked_s)
             self.counters.blocked_s += max(0.0, waited_s)
-            self.note_sent(packet)
+
+    def _write(self, packet: Packet, opening: bool = False) -> None:
+        lane = self._lanes[self._sending.current]
+        for piece in pieces(packet, opening):
+            lane.sendall(piece)
+        self.note_sent(packet)
 
     def receive(self) -> Frame:
         """The next frame; raises PeerClosedError at the end, ProtocolError for what is no frame."""
         with self._sole_use():
             frame = None
             while frame is None:
-                self._await_bulk()
-                frame = self._advance(self._stream.recv_into(self._reader.buffer()))
+                lane = self._lanes[self._receiving.current]
+                if isinstance(lane, ssl.SSLSocket):
+                    self._await_bulk(lane)
+                frame = self._advance(lane.recv_into(self._reader.buffer()))
             return frame
 
-    def _await_bulk(self) -> None:
+    def _await_bulk(self, tls: ssl.SSLSocket) -> None:
         """
         Sleep until much of a large frame lies ready: waking for every packet costs more than TLS.
 
         On a slower wire the time limit ends it, and what has come is read.
         """
         missing = min(len(self._reader.buffer()), BULK_BYTES)
-        if missing < BULKY_BYTES or self._stream is not self._tls or self._tls.pending():
+        if missing < BULKY_BYTES or tls.pending():
             return
-        self._tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
-        self._incoming.poll(BULK_MS)
-        self._tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
+        incoming = select.poll()  # unlike select, for descriptors of any number
+        incoming.register(tls, select.POLLIN)
+        incoming.poll(BULK_MS)
+        tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     @contextlib.contextmanager
     def unblocked(self) -> Iterator[None]:
@@ -192,17 +223,18 @@ class Connection:
         with self._sole_use():
             if self.undelivered():
                 return True
-            if isinstance(self._stream, Stripes):
-                return self._stream.wait(bell, timeout_s)
-            waiting = select.poll()  # unlike select, for descriptors of any number
-            waiting.register(self._tls, select.POLLIN)
+            lane = self._lanes[self._receiving.current]
+            if isinstance(lane, Stripes):
+                return lane.wait(bell, timeout_s)
+            waiting = select.poll()
+            waiting.register(lane, select.POLLIN)
             waiting.register(bell, select.POLLIN)
             ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
-            return any(descriptor == self._tls.fileno() for descriptor, _ in ready)
+            return any(descriptor == lane.fileno() for descriptor, _ in ready)
 
     def undelivered(self) -> bool:
         """Whether TLS holds decrypted bytes that select does not see."""
-        return self._stream.pending() > 0
+        return self._lanes[self._receiving.current].pending() > 0
 
     def note_sent(self, packet: Packet) -> None:
         """Count a frame that went out whole."""
@@ -219,14 +251,15 @@ class Connection:
     def refuse(self, packet: Packet) -> None:
         """Say a last frame, take no more, and end the connection once the peer could hear it."""
         with self._sole_use():
-            self._stream.sendall(bytes(packet))
+            self._lanes[self._sending.current].sendall(bytes(packet))
             self._closing = True
             for tls in self.sockets:
                 part(tls)
 
     def finish(self) -> None:
         """Tell the peer that nothing more will be sent; it may still send."""
-        socket.socket.shutdown(self._tls, socket.SHUT_WR)
+        for tls in self.sockets:
+            socket.socket.shutdown(tls, socket.SHUT_WR)
 
     def close(self) -> None:
         """End the connection at once, from any thread; what was sent still goes out."""
@@ -269,21 +302,29 @@ class Connection:
             raise PeerClosedError(f"{self.peer} closed its connection {where}")
         self.counters.tls_bytes_received += count
         frame = self._reader.advance(count)
-        if frame is not None:
-            check_place(frame.label, self.run, self._epoch)
-            self.counters.frames_received += 1
-            if frame.label.kind in PAYLOAD_KINDS:
-                self.counters.payload_bytes_received += len(frame.payload)
+        if frame is None:
+            return None
+        check_place(frame.label, self.run, self._epoch)
+        self.counters.frames_received += 1
+        if frame.label.kind in PAYLOAD_KINDS:
+            self.counters.payload_bytes_received += len(frame.payload)
+        if frame.label.kind in TURN_KINDS:
+            self._receiving.pass_on()
+            return None
         return frame
 
 
-def pieces(packet: Packet) -> Iterator[bytes | memoryview]:
+def pieces(packet: Packet, opening: bool = False) -> Iterator[bytes | memoryview]:
     """
     A frame's bytes in as few TLS records as can be, without copying more than one of them.
 
-    A large frame's head is a record by itself, so that the receiver soon knows how much will come.
+    A large frame's head is a record by itself, so that the receiver soon knows how much will come. Not
+    so where it is `opening` a turn: one small packet's acknowledgement may be late on purpose, and BBR
+    would not measure by it.
     """
-    first = max(0, RECORD_BYTES - len(packet.head)) if len(packet.payload) < BULKY_BYTES else 0
-    yield b"".join((packet.head, packet.payload[:first]))
-    if len(packet.payload) > first:
-        yield packet.payload[first:]
+    beside = max(0, RECORD_BYTES - len(packet.head))
+    if len(packet.payload) >= BULKY_BYTES and not opening:
+        beside = 0
+    yield b"".join((packet.head, packet.payload[:beside]))
+    if len(packet.payload) > beside:
+        yield packet.payload[beside:]

@@ -47,14 +47,15 @@ class TcpState:
         return cls(rtt_us / 1e6, min_rtt_us / 1e6, sent, again, float(rate))
 
     @classmethod
-    def together(cls, states: Sequence[Self]) -> Self:
-        """The state of connections that carry one stream."""
+    def together(cls, states: Sequence[Self], turn: int | None = None) -> Self:
+        """The state of connections that carry one stream: at once, or the one at `turn` alone."""
+        active = states if turn is None else states[turn : turn + 1]
         return cls(
-            sum(state.rtt_s for state in states) / len(states),
+            sum(state.rtt_s for state in active) / len(active),
             min(state.min_rtt_s for state in states),
             sum(state.segments_sent for state in states),
             sum(state.segments_sent_again for state in states),
-            sum(state.bytes_per_s for state in states),
+            sum(state.bytes_per_s for state in active),
         )
 
 

@@ -252,7 +252,7 @@ class Listener:
     def _welcome(self, own: Hello, hello: Hello) -> Welcome:
         route = self._routes.get((hello.name, hello.purpose))
         last_frame = own.last_frame if route is None else route.last_frame()
-        stripe = {"stream": hello.stream, "stripe": hello.stripe, "stripes": hello.stripes}
+        stripe = hello.model_dump(include={"stream", "stripe", "stripes", "in_turns"})
         return Welcome(**(own.model_dump() | stripe | {"last_frame": last_frame}))
 
 

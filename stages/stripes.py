@@ -7,13 +7,13 @@ take it now, and the other end puts them in order. One thread uses all connectio
 """
 
 import select
-import socket
 import ssl
 import struct
 from collections.abc import Sequence
 
 from stages.errors import ProtocolError
 from stages.send_queue import Bell
+from stages.tcp import limit_unsent
 
 CHUNK_BYTES = 64 * 2**10
 MAX_AHEAD = 512  # chunks that may arrive before one that is missing: 32 MiB
@@ -26,8 +26,7 @@ class _Stripe:
 
     def __init__(self, tls: ssl.SSLSocket) -> None:
         tls.setblocking(False)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        limit_unsent(tls, UNSENT_BYTES)
         self.tls = tls
         self.ended = False
         self.last = -1

@@ -5,8 +5,9 @@ BBR paces by itself, and gets no limit of ours. Under a limit of 95 % of its est
 follows the limit down: to 67 of 100 Mbit/s in 25 s, at a round trip of 200 ms. With one 2 to 10 % above
 it bulk carried what it does without (91 to 94, and 90 to 92), a message beside it waited a millisecond
 longer, and where packets were lost a limit set before the wire was full kept it from filling, at 55.
-What BBR leaves of a long wire, some 4 % at 200 ms, it takes to empty it for two round trips every ten
-seconds, so as to see the least round trip.
+Nor is a long wire emptied every ten seconds, as BBR does to see the least round trip: two connections
+take turns (`turns`). At 200 ms that is worth 4 of 100 Mbit/s, and where the wire is not full, half a
+second of late frames every ten.
 """
 
 import contextlib
@@ -30,8 +31,17 @@ _TCP_OPTIONS = (
 
 PARTING_BYTES = 16 * 2**10  # thrown away at a time, of what a peer said too late
 
-BBR_STRIPES = 1  # more carry a little more under loss, but keep the queue before the wire full
-OTHER_STRIPES = 16
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """TLS connections that carry one link's frames: all at once, or one at a time in turns."""
+
+    stripes: int = 1
+    in_turns: bool = False
+
+
+BBR_BUNDLE = Bundle(2, in_turns=True)  # at once, they would keep the queue before the wire full
+OTHER_BUNDLE = Bundle(16)
 BUFFER_BYTES = 16 * 2**20  # twice what is under way at 500 Mbit/s and a round trip of 130 ms
 
 
@@ -70,6 +80,12 @@ def tune(raw: socket.socket) -> None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
 
 
+def limit_unsent(connection: socket.socket, nbytes: int) -> None:
+    """Let no more wait in the kernel to be sent at all, where it can be told so."""
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, nbytes)
+
+
 def _make_room(raw: socket.socket, buffer: _Buffer) -> None:
     """
     BUFFER_BYTES, or as much of it as this host allows; the kernel doubles what it is asked for.
@@ -94,7 +110,7 @@ class LinkHabits:
     """What data connections get on this host."""
 
     congestion_control: str
-    stripes: int
+    bundle: Bundle
     send_bytes: int
     """The most that one TLS connection can hold."""
     receive_bytes: int
@@ -109,7 +125,7 @@ def link_habits() -> LinkHabits:
             max(raw.getsockopt(socket.SOL_SOCKET, each.option), kernel_limit(each.tuned_limit))
             for each in _BUFFERS
         ]
-    return LinkHabits(control, BBR_STRIPES if control == "bbr" else OTHER_STRIPES, *room)
+    return LinkHabits(control, BBR_BUNDLE if control == "bbr" else OTHER_BUNDLE, *room)
 
 
 def kernel_limit(name: str) -> int:

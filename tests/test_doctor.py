@@ -8,7 +8,7 @@ import pytest
 
 from flows.cli import exit_status
 from flows.doctor import Finding, examine
-from stages.tcp import BBR_STRIPES, OTHER_STRIPES, link_habits, tune
+from stages.tcp import BBR_BUNDLE, OTHER_BUNDLE, link_habits, tune
 
 
 def test_everything_is_looked_at_and_what_is_not_right_has_advice() -> None:
@@ -30,7 +30,7 @@ def test_what_it_says_of_links_is_what_links_do() -> None:
     found = {finding.name: finding for finding in examine()}
     habits = link_habits()
     assert found["congestion control"].found.startswith(habits.congestion_control)
-    assert habits.stripes == (BBR_STRIPES if habits.congestion_control == "bbr" else OTHER_STRIPES)
+    assert habits.bundle == (BBR_BUNDLE if habits.congestion_control == "bbr" else OTHER_BUNDLE)
     with socket.socket() as raw:
         tune(raw)
         assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= habits.send_bytes

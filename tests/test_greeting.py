@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from stages.errors import (
 from stages.frame import EpochMismatchError, RunMismatchError
 from stages.identity import Member, make_identity
 from stages.listener import Listener
+from stages.tcp import Bundle
 from stages.trust import Trust
 from tests.linked import (
     Net,
@@ -112,7 +114,7 @@ def test_a_dialer_of_an_old_epoch_is_told(net: Net) -> None:
 
 
 def test_a_dialer_waits_for_a_listener_that_has_not_heard_of_its_epoch(net: Net) -> None:
-    epochs = iter((1, 1, 2))
+    epochs = chain((1, 1), repeat(2))
     greeting = lambda: hello_of("b", epoch=next(epochs))  # noqa: E731
     listener = Listener(net.trust("b"), greeting, "127.0.0.1")
     net.closing.append(listener.close)
@@ -195,7 +197,7 @@ def test_nothing_but_the_hello_goes_out_before_the_listener_answers(net: Net) ->
         thread = threading.Thread(target=listen, args=(listening,))
         thread.start()
         with pytest.raises(LinkTimeoutError):
-            dial(net.trust("a"), "b", listening.getsockname(), data_hello(), 0.5)
+            dial(net.trust("a"), "b", listening.getsockname(), data_hello(), 0.5, Bundle())
         thread.join()
     assert bytes(heard) == bytes(data_hello().greeting())
 

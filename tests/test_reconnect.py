@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stages import turns
 from stages.control import Hello
 from stages.dialing import dial_once
 from stages.errors import LinkError, LinkTimeoutError, PeerClosedError
@@ -18,7 +19,10 @@ from stages.link import Connection
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
+from stages.tcp import Bundle
 from tests.linked import Net, Relay, hello_of, plan_in, step_packet, unexpected, wait_for
+
+ALONE = Bundle()
 
 
 @dataclasses.dataclass
@@ -57,7 +61,7 @@ def join(folder: Path) -> Iterator[Callable[..., Wire]]:
         patience_s: float = 5.0,
         capacity: int = 64,
         incarnations: tuple[int, ...] = (7, 7),
-        stripes: int = 1,
+        bundle: Bundle = ALONE,
     ) -> Wire:
         net = plan_in(folder)
         listening = iter([incarnations[0], *incarnations[1:], *([incarnations[-1]] * 999)])
@@ -65,7 +69,7 @@ def join(folder: Path) -> Iterator[Callable[..., Wire]]:
         listener = Listener(net.trust("b"), greeting, "127.0.0.1")
         relay = Relay(listener.address)
         downs: list[LinkDown] = []
-        redial = partial(dial_once, net.trust("a"), "b", relay.address, hello_of("a"), 5.0, stripes)
+        redial = partial(dial_once, net.trust("a"), "b", relay.address, hello_of("a"), 5.0, bundle)
         first: Connection = redial()
         outbox = Outbox(first, downs.append, 8, redial, patience_s)
         mailbox = Mailbox(capacity)
@@ -87,11 +91,13 @@ def send(outbox: Outbox, numbers: range, size: int = 20_000) -> None:
         outbox.put(step_packet(number, bytes(size)), timeout_s=10)
 
 
-@pytest.mark.parametrize("stripes", [1, 4])
+@pytest.mark.parametrize("bundle", [ALONE, Bundle(4), Bundle(2, in_turns=True)])
 def test_every_frame_arrives_once_and_in_order_over_a_link_that_is_reset_again_and_again(
-    join: Callable[..., Wire], stripes: int
+    join: Callable[..., Wire], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wire = join(stripes=stripes)
+    monkeypatch.setattr(turns, "FIRST_TURN_S", 0.01)
+    monkeypatch.setattr(turns, "TURN_S", 0.02)
+    wire = join(bundle=bundle)
     wire.relay.reset_after_bytes = 300_000  # in mid-frame, every fifteen frames or so
     wire.relay.reset()
     sending = threading.Thread(target=send, args=(wire.outbox, range(200)))

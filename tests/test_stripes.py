@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from stages.control import Hello
+from stages.control import MAX_STRIPES, Hello
 from stages.dialing import dial
 from stages.errors import PeerClosedError, ProtocolError
 from stages.inbox import Inbox
@@ -16,13 +16,13 @@ from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.send_queue import Bell
 from stages.stripes import CHUNK_BYTES
-from stages.tcp import OTHER_STRIPES
+from stages.tcp import Bundle
 from tests.linked import Net, data_hello, step_packet, unexpected, wait_for
 
 
 def ends(net: Net, stripes: int = 4) -> tuple[Connection, Connection]:
     listener = net.listener()
-    near = dial(net.trust("a"), "b", listener.address, data_hello(), 5, stripes)
+    near = dial(net.trust("a"), "b", listener.address, data_hello(), 5, Bundle(stripes))
     far = listener.accept(5)
     net.closing += [near.close, far.close]
     return near, far
@@ -71,7 +71,7 @@ def test_a_peer_that_dials_anew_leaves_no_half_stream_behind(net: Net) -> None:
     listener = net.listener()
     half = dial_stripe(net, listener.address, stream=5, stripe=0)
     wait_for(lambda: listener._begun)
-    near = dial(net.trust("a"), "b", listener.address, data_hello(), 5, 2)
+    near = dial(net.trust("a"), "b", listener.address, data_hello(), 5, Bundle(2))
     far = listener.accept(5)
     assert not listener._begun
     assert half.recv(1) == b""
@@ -118,6 +118,6 @@ def test_a_chunk_that_comes_twice_is_refused(net: Net) -> None:
 
 
 def test_a_hello_of_a_stripe_that_cannot_be_is_none() -> None:
-    for changes in ({"stripe": 2, "stripes": 2}, {"stripes": OTHER_STRIPES + 1}, {"stripes": 0}):
+    for changes in ({"stripe": 2, "stripes": 2}, {"stripes": MAX_STRIPES + 1}, {"stripes": 0}):
         with pytest.raises(ValueError, match="stripe"):
             Hello.model_validate(data_hello().model_dump() | changes)

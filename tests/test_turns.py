@@ -1,0 +1,109 @@
+"""Connections that take turns: every frame arrives in order, and a turn ends before BBR would pause."""
+
+import random
+import socket
+
+import pytest
+
+from stages import turns
+from stages.dialing import dial
+from stages.errors import FrameError, LinkError
+from stages.frame import PREFIX_BYTES, Kind, Label, run_number, seal
+from stages.inbox import Inbox
+from stages.link import Connection
+from stages.mailbox import Arrival, Mailbox
+from stages.outbox import Outbox
+from stages.tcp import BBR_BUNDLE, Bundle
+from stages.turns import FIRST_TURN_S, TURN_S, Turns
+from tests.linked import RUN, Net, data_hello, step_packet, unexpected, wait_for
+
+BBR_PATIENCE_S = 10.0
+"""For so long BBR trusts a least round trip."""
+
+
+def ends(net: Net, bundle: Bundle = BBR_BUNDLE) -> tuple[Connection, Connection]:
+    listener = net.listener()
+    near = dial(net.trust("a"), "b", listener.address, data_hello(), 5, bundle)
+    far = listener.accept(5)
+    net.closing += [near.close, far.close]
+    return near, far
+
+
+def test_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
+    taking = Turns(2)
+    assert not taking.over(100.0)
+    assert not taking.over(99.9 + FIRST_TURN_S)
+    assert taking.over(100.0 + FIRST_TURN_S)
+    taking.pass_on()
+    assert taking.current == 1
+    assert not taking.over(500.0)
+    assert taking.over(500.0 + TURN_S)
+    taking.pass_on()
+    assert taking.current == 0
+
+
+def test_a_turn_is_over_before_bbr_would_empty_the_wire_and_a_rest_is_not() -> None:
+    assert TURN_S < BBR_PATIENCE_S < 2 * TURN_S
+
+
+def test_a_connection_alone_carries_for_ever() -> None:
+    assert not any(Turns(1).over(now_s) for now_s in (0.0, 1e9))
+
+
+def test_frames_arrive_whole_and_in_order_whoever_carries_them(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "FIRST_TURN_S", 0.0)
+    monkeypatch.setattr(turns, "TURN_S", 0.0)  # every frame is another's
+    near, far = ends(net)
+    chance = random.Random(1)
+    sizes = [chance.choice((4, 3000, 70_000, 2_000_000)) for _ in range(40)]
+    packets = [step_packet(number, chance.randbytes(size)) for number, size in enumerate(sizes)]
+    mailbox = Mailbox()
+    inbox, outbox = Inbox(far, mailbox), Outbox(near, unexpected, capacity=len(packets))
+    for packet in packets:
+        outbox.put(packet)
+    for packet in packets:
+        mail = mailbox.get(10)
+        assert isinstance(mail, Arrival) and mail.frame.payload == packet.payload
+    outbox.close()
+    sent, received = outbox.report(), inbox.report()
+    assert sent.frames_sent == received.frames_received == 2 * len(packets)
+    assert sent.control_bytes_sent == PREFIX_BYTES * len(packets)
+    inbox.close()
+
+
+def test_a_broken_connection_is_noticed_when_its_turn_comes(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "FIRST_TURN_S", 0.0)
+    near, _far = ends(net)
+    socket.socket.shutdown(near.sockets[1], socket.SHUT_RDWR)
+    with pytest.raises(LinkError):
+        for number in range(3):
+            near.send(step_packet(number))
+
+
+def test_whoever_has_one_connection_may_not_pass_it_on(net: Net) -> None:
+    near, far = ends(net, Bundle())
+    near.send(seal(Label(Kind.TURN, run_number(RUN), 1), b"", b""))
+    with pytest.raises(FrameError, match="TURN frame has no place"):
+        far.receive()
+
+
+def test_a_turn_says_nothing_else() -> None:
+    with pytest.raises(FrameError):
+        seal(Label(Kind.TURN, run_number(RUN), 1), b"", bytes(4))
+
+
+def test_what_either_end_sees_of_its_wire_is_that_of_the_one_that_carries(net: Net) -> None:
+    near, far = ends(net)
+    for number in range(20):
+        near.send(step_packet(number, bytes(40_000)))
+        far.receive()
+    wait_for(lambda: near.tcp_state().bytes_per_s > 0)
+    alone = near.tcp_state()
+    near._sending.pass_on()
+    resting = near.tcp_state()
+    assert resting.bytes_per_s < alone.bytes_per_s
+    assert resting.segments_sent == alone.segments_sent
