@@ -37,7 +37,7 @@ def dragging(spec: StageSpec) -> StageCompute:
     compute = StageCompute.load(spec)
     if spec.member == "a0":
         body = compute.shard.model.get_submodule("model")
-        body.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+        body.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     return compute
 
 

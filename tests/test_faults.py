@@ -171,12 +171,14 @@ def test_ctrl_c_ends_a_run_in_good_order(
     job_file = write_long_job(tmp_path / "job", tiny_model, new_tokens=30)
     store = tmp_path / "store"
     with started(job_file, store, prefect_api) as run:
+        committed = results(store)
         os.killpg(run.process.pid, signal.SIGINT)
         status, said = run.ended(within_s=30.0)
     assert status == 130
     assert said.endswith("wagonway: finished rows are kept; the same command continues\n")
     assert "Traceback" not in said
-    assert len(results(store)) >= 1000
+    assert committed
+    assert committed.items() <= results(store).items()
 
 
 @pytest.mark.usefixtures("prefect_api")
