@@ -8,14 +8,11 @@ process of its own shows what memory such a stage takes at most, against what a 
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,19 +20,16 @@ from torch import Tensor
 
 from benchmarks.pipelines import write_llama
 from benchmarks.record import Claim, record
-from planner.cost import STEP_TOKENS, WORKSPACE_COPIES
+from benchmarks.stage_memory import memory_claims, taken, taken_apart
 from planner.schedule import Grant, Span, Step
 from stages.kv_cache import KvCache
 from stages.layer_store import bytes_per_s
-from stages.probe import own_bytes
 from stages.scratch_file import scratch_folder
-from stages.selfcheck import check
 from stages.shard import Shard, ShardSpec
 
 LAYERS, STREAMED = 6, 5
 """Five that stream take two buffers: three layers' memory in all."""
 CONTEXT, BLOCK_TOKENS = 128, 16
-SAMPLE_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,51 +121,21 @@ def speed(folder: Path, turns: int, steps: int) -> list[Claim]:
     return claims
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Memory of a stage's process that no file stands behind."""
-
-    peak_bytes: int
-    planned_bytes: int
-
-
-def memory(folder: Path, streamed: int) -> Taken:
-    """What loading and computing takes at most, as another thread sees it; and as a plan counts it."""
-    check(folder)
-    planned = own_bytes()
-    peak, ended = [0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(SAMPLE_S):
-            peak[0] = max(peak[0], own_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def held(folder: Path, streamed: int) -> tuple[Shard, KvCache]:
+    """A stage that has computed for a while."""
     stage = Stage(shard_of(folder, streamed), SHAPES[-1])
     stage.step_s(3)
-    ended.set()
-    watcher.join()
-    facts = stage.shard.facts
-    planned += facts.weight_bytes + stage.cache.bytes
-    planned += WORKSPACE_COPIES * STEP_TOKENS * facts.hidden * facts.dtype.itemsize
-    return Taken(peak[0], planned)
+    return stage.shard, stage.cache
 
 
-def memory_claims(folder: Path) -> list[Claim]:
-    """The same of two processes, one with all layers resident."""
-    taken = {}
-    for streamed in (STREAMED, 0):
-        command = [sys.executable, "-m", "benchmarks.offload", "--memory-of", str(folder)]
-        child = subprocess.run(
-            [*command, "--streamed", str(streamed)], check=True, capture_output=True, text=True
-        )
-        taken[streamed] = Taken(**json.loads(child.stdout))
-    ours, all_of_them = taken[STREAMED], taken[0]
-    return [
-        Claim("memory with all layers resident", all_of_them.peak_bytes / 1e6, "MB"),
-        Claim(f"memory with {STREAMED} streaming", ours.peak_bytes / 1e6, "MB"),
-        Claim("the same over the plan's", ours.peak_bytes / ours.planned_bytes, "ratio", limit=1.1),
-    ]
+def memory(folder: Path) -> list[Claim]:
+    """Of two processes, one with all layers resident."""
+    ours, resident = (
+        taken_apart("benchmarks.offload", folder, "--streamed", str(streamed))
+        for streamed in (STREAMED, 0)
+    )
+    names = "memory with all layers resident", f"memory with {STREAMED} streaming"
+    return memory_claims(resident, names[0], ours, names[1])
 
 
 def main() -> None:
@@ -184,12 +148,11 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(1)
     if chosen.memory_of is not None:
-        taken = memory(chosen.memory_of, chosen.streamed)
-        print(json.dumps({"peak_bytes": taken.peak_bytes, "planned_bytes": taken.planned_bytes}))
+        print(taken(chosen.memory_of, partial(held, chosen.memory_of, chosen.streamed)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         write_llama(Path(scratch))
-        claims = memory_claims(Path(scratch))
+        claims = memory(Path(scratch))
         record("offload", claims + speed(Path(scratch), chosen.turns, chosen.steps))
 
 

@@ -8,31 +8,25 @@ its own shows what memory such a stage takes at most, against what a plan counts
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import Claim, record
-from planner.cost import STEP_TOKENS, WORKSPACE_COPIES
+from benchmarks.stage_memory import memory_claims, taken, taken_apart
 from planner.schedule import Grant, Span, Step
 from stages.kv_cache import KvCache
-from stages.probe import own_bytes
-from stages.selfcheck import check
 from stages.shard import Shard, ShardSpec
 
 LAYERS, SLOTS, RESIDENT = 6, 8, 2
 PARKED = 1.0 - RESIDENT / SLOTS
 BLOCK_TOKENS = 16
-SAMPLE_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,71 +139,41 @@ def speed(folder: Path, turns: int, rounds: int) -> list[Claim]:
     claims = []
     for shape in SHAPES:
         resident, parked = Ring(shard, shape, 0.0), Ring(shard, shape, PARKED)
-        taken = [measured(resident, parked, rounds) for _ in range(turns)]
+        took = [measured(resident, parked, rounds) for _ in range(turns)]
         assert parked.cache.parking is not None
         each = statistics.median
-        roof = each(max(t.compute_s, t.copy_s) for t in taken)
+        roof = each(max(t.compute_s, t.copy_s) for t in took)
         back_bytes = shape.rows * shape.blocks * BLOCK_TOKENS * shard.facts.kv_bytes_per_token
-        rate = back_bytes / each(t.copy_s for t in taken)
+        rate = back_bytes / each(t.copy_s for t in took)
         name, moved = shape.name, f"{back_bytes / 1e6:.0f} MB, at {rate / 1e6:.0f} MB/s"
         claims += [
-            Claim(f"{name}: computing, all resident", 1e3 * each(t.compute_s for t in taken), "ms"),
-            Claim(f"{name}: fetching {moved}", 1e3 * each(t.copy_s for t in taken), "ms"),
-            Claim(f"{name}: {PARKED:.0%} parked", 1e3 * each(t.parked_s for t in taken), "ms"),
+            Claim(f"{name}: computing, all resident", 1e3 * each(t.compute_s for t in took), "ms"),
+            Claim(f"{name}: fetching {moved}", 1e3 * each(t.copy_s for t in took), "ms"),
+            Claim(f"{name}: {PARKED:.0%} parked", 1e3 * each(t.parked_s for t in took), "ms"),
             Claim(f"{name}: of the roofline, {1e3 * roof:.0f} ms",
-                  each(max(t.compute_s, t.copy_s) / t.parked_s for t in taken), "ratio"),
+                  each(max(t.compute_s, t.copy_s) / t.parked_s for t in took), "ratio"),
             Claim(f"{name}: KV wait over the step",
-                  each(t.waited_s / t.parked_s for t in taken), "ratio", limit=0.05),
+                  each(t.waited_s / t.parked_s for t in took), "ratio", limit=0.05),
         ]  # fmt: skip
     return claims
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Memory of a stage's process that no file stands behind."""
-
-    peak_bytes: int
-    planned_bytes: int
-
-
-def memory(folder: Path, parked: float) -> Taken:
-    """What computing takes at most, as another thread sees it; and as a plan counts it."""
-    check(folder)
-    planned = own_bytes()
-    peak, ended = [0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(SAMPLE_S):
-            peak[0] = max(peak[0], own_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def held(folder: Path, parked: float) -> tuple[Shard, KvCache]:
+    """A stage that has computed for a while."""
     ring = Ring(Shard.load(ShardSpec(folder, 0, LAYERS, "float32")), HELD, parked)
     for _ in range(3 * SLOTS):
         ring.compute()
-    ended.set()
-    watcher.join()
-    facts = ring.shard.facts
-    planned += facts.weight_bytes + ring.cache.bytes
-    planned += WORKSPACE_COPIES * STEP_TOKENS * facts.hidden * facts.dtype.itemsize
-    return Taken(peak[0], planned)
+    return ring.shard, ring.cache
 
 
-def memory_claims(folder: Path) -> list[Claim]:
-    """The same of two processes, one with everything resident."""
-    taken = {}
-    for parked in (PARKED, 0.0):
-        command = [sys.executable, "-m", "benchmarks.parking", "--memory-of", str(folder)]
-        child = subprocess.run(
-            [*command, "--parked", str(parked)], check=True, capture_output=True, text=True
-        )
-        taken[parked] = Taken(**json.loads(child.stdout))
-    ours, all_of_it = taken[PARKED], taken[0.0]
-    return [
-        Claim(f"{HELD.name}: memory, all resident", all_of_it.peak_bytes / 1e6, "MB"),
-        Claim(f"{HELD.name}: memory, {PARKED:.0%} parked", ours.peak_bytes / 1e6, "MB"),
-        Claim("the same over the plan's", ours.peak_bytes / ours.planned_bytes, "ratio", limit=1.1),
-    ]
+def memory(folder: Path) -> list[Claim]:
+    """Of two processes, one with everything resident."""
+    ours, resident = (
+        taken_apart("benchmarks.parking", folder, "--parked", str(parked))
+        for parked in (PARKED, 0.0)
+    )
+    names = f"{HELD.name}: memory, all resident", f"{HELD.name}: memory, {PARKED:.0%} parked"
+    return memory_claims(resident, names[0], ours, names[1])
 
 
 def main() -> None:
@@ -222,12 +186,11 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(1)
     if chosen.memory_of is not None:
-        taken = memory(chosen.memory_of, chosen.parked)
-        print(json.dumps({"peak_bytes": taken.peak_bytes, "planned_bytes": taken.planned_bytes}))
+        print(taken(chosen.memory_of, partial(held, chosen.memory_of, chosen.parked)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         write_grouped_llama(Path(scratch))
-        claims = memory_claims(Path(scratch))
+        claims = memory(Path(scratch))
         record("parking", claims + speed(Path(scratch), chosen.turns, chosen.rounds))
 
 

@@ -8,19 +8,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from planner.schedule import Span, Step
-from stages.control import Answer, Answers, Hello, Message, decode
+from stages.control import Answer, Answers, Hello, LinkReport, Message, decode
 from stages.dialing import dial
 from stages.duplex import Duplex
 from stages.frame import Dtype, Packet, run_number
 from stages.identity import Identity, Member, load_identity, make_identity
+from stages.inbox import Inbox
 from stages.link import Connection
 from stages.listener import Listener
-from stages.mailbox import Arrival, LinkDown, Mail
+from stages.mailbox import Arrival, LinkDown, Mail, Mailbox
+from stages.outbox import Outbox
+from stages.tcp import Bundle
 from stages.trust import Trust
 from stages.wire import StepFrame
 
@@ -48,11 +51,13 @@ class Net:
         self.closing.append(listener.close)
         return listener
 
-    def pair(self, purpose: str = "data") -> tuple[Connection, Connection]:
+    def pair(
+        self, purpose: str = "data", bundle: Bundle | None = None
+    ) -> tuple[Connection, Connection]:
         """A connection from a to b: a's end and b's end."""
         listener = self.listener()
         hello = hello_of("a", purpose)
-        dialled = dial(self.trust("a"), "b", listener.address, hello, 5.0)
+        dialled = dial(self.trust("a"), "b", listener.address, hello, 5.0, bundle)
         accepted = listener.accept(5.0)
         self.closing += [dialled.close, accepted.close]
         return dialled, accepted
@@ -71,6 +76,22 @@ def step_frame(number: int, payload: bytes = bytes(64), epoch: int = 1) -> StepF
 
 def step_packet(number: int, payload: bytes = bytes(64), epoch: int = 1) -> Packet:
     return step_frame(number, payload, epoch).encode(run_number(RUN))
+
+
+def arrive(
+    near: Connection, far: Connection, packets: Sequence[Packet]
+) -> tuple[LinkReport, LinkReport]:
+    """Send frames over a data connection, each of which must arrive whole; what both ends counted."""
+    mailbox = Mailbox()
+    inbox, outbox = Inbox(far, mailbox), Outbox(near, unexpected, capacity=len(packets))
+    for packet in packets:
+        outbox.put(packet)
+    for packet in packets:
+        mail = mailbox.get(10)
+        assert isinstance(mail, Arrival) and mail.frame.payload == packet.payload
+    outbox.close()
+    inbox.close()
+    return outbox.report(), inbox.report()
 
 
 def data_hello(epoch: int = 1) -> Hello:

@@ -11,44 +11,26 @@ from stages.control import MAX_STRIPES, Hello
 from stages.dialing import dial
 from stages.errors import PeerClosedError, ProtocolError
 from stages.inbox import Inbox
-from stages.link import Connection
-from stages.mailbox import Arrival, LinkDown, Mailbox
-from stages.outbox import Outbox
+from stages.mailbox import LinkDown, Mailbox
 from stages.send_queue import Bell
 from stages.stripes import CHUNK_BYTES
 from stages.tcp import Bundle
-from tests.linked import Net, data_hello, step_packet, unexpected, wait_for
-
-
-def ends(net: Net, stripes: int = 4) -> tuple[Connection, Connection]:
-    listener = net.listener()
-    near = dial(net.trust("a"), "b", listener.address, data_hello(), 5, Bundle(stripes))
-    far = listener.accept(5)
-    net.closing += [near.close, far.close]
-    return near, far
+from tests.linked import Net, arrive, data_hello, step_packet, wait_for
 
 
 def test_frames_of_any_size_arrive_whole_and_in_order(net: Net) -> None:
-    near, far = ends(net)
+    near, far = net.pair(bundle=Bundle(4))
     chance = random.Random(1)
     sizes = [chance.choice((4, 3000, CHUNK_BYTES - 200, CHUNK_BYTES, 2_000_000)) for _ in range(40)]
     packets = [
         step_packet(number, chance.randbytes(size // 4 * 4)) for number, size in enumerate(sizes)
     ]
-    mailbox = Mailbox()
-    inbox, outbox = Inbox(far, mailbox), Outbox(near, unexpected, capacity=len(packets))
-    for packet in packets:
-        outbox.put(packet)
-    for packet in packets:
-        mail = mailbox.get(10)
-        assert isinstance(mail, Arrival) and mail.frame.payload == packet.payload
-    outbox.close()
-    inbox.close()
+    arrive(near, far, packets)
     assert len(near.sockets) == len(far.sockets) == 4
 
 
 def test_one_stripe_that_breaks_ends_the_connection(net: Net) -> None:
-    near, far = ends(net)
+    near, far = net.pair(bundle=Bundle(4))
     mailbox = Mailbox()
     net.closing.append(Inbox(far, mailbox).close)
     socket.socket.shutdown(near.sockets[2], socket.SHUT_RDWR)
@@ -57,7 +39,7 @@ def test_one_stripe_that_breaks_ends_the_connection(net: Net) -> None:
 
 
 def test_whoever_waits_hears_of_the_end_of_one_stripe(net: Net) -> None:
-    near, far = ends(net)
+    near, far = net.pair(bundle=Bundle(4))
     bell = Bell()
     net.closing.append(bell.close)
     socket.socket.shutdown(far.sockets[2], socket.SHUT_WR)  # an end, and no reset

@@ -6,27 +6,14 @@ import socket
 import pytest
 
 from stages import turns
-from stages.dialing import dial
 from stages.errors import FrameError, LinkError
 from stages.frame import PREFIX_BYTES, Kind, Label, run_number, seal
-from stages.inbox import Inbox
-from stages.link import Connection
-from stages.mailbox import Arrival, Mailbox
-from stages.outbox import Outbox
 from stages.tcp import BBR_BUNDLE, Bundle
 from stages.turns import FIRST_TURN_S, TURN_S, Turns
-from tests.linked import RUN, Net, data_hello, step_packet, unexpected, wait_for
+from tests.linked import RUN, Net, arrive, step_packet, wait_for
 
 BBR_PATIENCE_S = 10.0
 """For so long BBR trusts a least round trip."""
-
-
-def ends(net: Net, bundle: Bundle = BBR_BUNDLE) -> tuple[Connection, Connection]:
-    listener = net.listener()
-    near = dial(net.trust("a"), "b", listener.address, data_hello(), 5, bundle)
-    far = listener.accept(5)
-    net.closing += [near.close, far.close]
-    return near, far
 
 
 def test_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
@@ -55,29 +42,20 @@ def test_frames_arrive_whole_and_in_order_whoever_carries_them(
 ) -> None:
     monkeypatch.setattr(turns, "FIRST_TURN_S", 0.0)
     monkeypatch.setattr(turns, "TURN_S", 0.0)  # every frame is another's
-    near, far = ends(net)
+    near, far = net.pair(bundle=BBR_BUNDLE)
     chance = random.Random(1)
     sizes = [chance.choice((4, 3000, 70_000, 2_000_000)) for _ in range(40)]
     packets = [step_packet(number, chance.randbytes(size)) for number, size in enumerate(sizes)]
-    mailbox = Mailbox()
-    inbox, outbox = Inbox(far, mailbox), Outbox(near, unexpected, capacity=len(packets))
-    for packet in packets:
-        outbox.put(packet)
-    for packet in packets:
-        mail = mailbox.get(10)
-        assert isinstance(mail, Arrival) and mail.frame.payload == packet.payload
-    outbox.close()
-    sent, received = outbox.report(), inbox.report()
+    sent, received = arrive(near, far, packets)
     assert sent.frames_sent == received.frames_received == 2 * len(packets)
     assert sent.control_bytes_sent == PREFIX_BYTES * len(packets)
-    inbox.close()
 
 
 def test_a_broken_connection_is_noticed_when_its_turn_comes(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "FIRST_TURN_S", 0.0)
-    near, _far = ends(net)
+    near, _far = net.pair(bundle=BBR_BUNDLE)
     socket.socket.shutdown(near.sockets[1], socket.SHUT_RDWR)
     with pytest.raises(LinkError):
         for number in range(3):
@@ -85,7 +63,7 @@ def test_a_broken_connection_is_noticed_when_its_turn_comes(
 
 
 def test_whoever_has_one_connection_may_not_pass_it_on(net: Net) -> None:
-    near, far = ends(net, Bundle())
+    near, far = net.pair(bundle=Bundle())
     near.send(seal(Label(Kind.TURN, run_number(RUN), 1), b"", b""))
     with pytest.raises(FrameError, match="TURN frame has no place"):
         far.receive()
@@ -97,7 +75,7 @@ def test_a_turn_says_nothing_else() -> None:
 
 
 def test_what_either_end_sees_of_its_wire_is_that_of_the_one_that_carries(net: Net) -> None:
-    near, far = ends(net)
+    near, far = net.pair(bundle=BBR_BUNDLE)
     for number in range(20):
         near.send(step_packet(number, bytes(40_000)))
         far.receive()
