@@ -15,9 +15,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.errors import ServerError
 from storage.scratch import Scratch
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DRAIN_S = 5.0
 START_LIMIT_S = 180.0
@@ -163,13 +167,33 @@ def _end_with_parent() -> None:
     os._exit(0)  # whoever asked is gone: there is nobody to shut down for in good order
 
 
+def patient(app: "ASGIApp") -> "ASGIApp":
+    """
+    The same server, which asks to be called again when it is busy.
+
+    On a crowded machine its database may be held for seconds. Prefect's clients count such a 503 as
+    they count a server that is gone, unless it says that this is maintenance.
+    """
+
+    async def answer(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        async def told(message: "Message") -> None:
+            if message["type"] == "http.response.start" and message["status"] == 503:
+                again = (b"prefect-maintenance", b"true"), (b"retry-after", b"1")
+                message = {**message, "headers": [*message.get("headers", ()), *again]}
+            await send(message)
+
+        await app(scope, receive, told)
+
+    return answer
+
+
 def _serve(listener_fd: int) -> None:
     import uvicorn  # noqa: PLC0415  (the child's alone; the driver's start should not pay for it)
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    config = uvicorn.Config(
-        "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
-    )
+    from prefect.server.api.server import create_app  # noqa: PLC0415
+
+    config = uvicorn.Config(patient(create_app()), log_level="error", lifespan="on")
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=listener_fd)])
 
 
