@@ -101,7 +101,8 @@ class Connection:
                 limit_unsent(tls, UNSENT_BYTES)
         self._lanes = (Stripes(sockets),) if at_once else self.sockets
         """What carries a frame by itself."""
-        self._sending, self._receiving = Turns(len(self._lanes)), Turns(len(self._lanes))
+        self._sending, self._receiving = Turns(len(self._lanes)), 0
+        """Whose turn it is, either way."""
         self.run = run_number(hello.run)
         """The number under which frames of this run travel."""
         self._epoch = hello.epoch if purpose == "data" else None
@@ -154,9 +155,9 @@ class Connection:
         """Send one frame whole; blocks while the peer takes nothing, raises LinkError."""
         with self._sole_use():
             started_s, worked_s = time.perf_counter(), time.thread_time()
-            if packet.kind in PAYLOAD_KINDS and self._sending.over(time.monotonic()):
+            if packet.kind in PAYLOAD_KINDS and self._sending.over(now_s := time.monotonic()):
                 self._write(seal(Label(Kind.TURN, self.run, self.hello.epoch), b"", b""))
-                self._sending.pass_on()
+                self._sending.pass_on(now_s)
                 self._write(packet, opening=True)
             else:
                 self._write(packet)
@@ -174,7 +175,7 @@ class Connection:
         with self._sole_use():
             frame = None
             while frame is None:
-                lane = self._lanes[self._receiving.current]
+                lane = self._lanes[self._receiving]
                 if isinstance(lane, ssl.SSLSocket):
                     self._await_bulk(lane)
                 frame = self._advance(lane.recv_into(self._reader.buffer()))
@@ -223,7 +224,7 @@ class Connection:
         with self._sole_use():
             if self.undelivered():
                 return True
-            lane = self._lanes[self._receiving.current]
+            lane = self._lanes[self._receiving]
             if isinstance(lane, Stripes):
                 return lane.wait(bell, timeout_s)
             waiting = select.poll()
@@ -234,12 +235,12 @@ class Connection:
 
     def undelivered(self) -> bool:
         """Whether TLS holds decrypted bytes that select does not see."""
-        return self._lanes[self._receiving.current].pending() > 0
+        return self._lanes[self._receiving].pending() > 0
 
     def note_sent(self, packet: Packet) -> None:
-        """Count a frame that went out whole."""
+        """Count a frame that went out whole; what passes a turn on is bytes alone."""
         counters = self.counters
-        counters.frames_sent += 1
+        counters.frames_sent += packet.kind not in TURN_KINDS
         if packet.kind in PAYLOAD_KINDS:
             counters.payload_bytes_sent += len(packet.payload)
             counters.framing_bytes_sent += len(packet.head)
@@ -305,12 +306,12 @@ class Connection:
         if frame is None:
             return None
         check_place(frame.label, self.run, self._epoch)
+        if frame.label.kind in TURN_KINDS:
+            self._receiving = (self._receiving + 1) % len(self._lanes)
+            return None
         self.counters.frames_received += 1
         if frame.label.kind in PAYLOAD_KINDS:
             self.counters.payload_bytes_received += len(frame.payload)
-        if frame.label.kind in TURN_KINDS:
-            self._receiving.pass_on()
-            return None
         return frame
 
 

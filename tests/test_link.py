@@ -24,7 +24,7 @@ from stages.frame import Dtype, EpochMismatchError, RunMismatchError, run_number
 from stages.inbox import Inbox
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
-from stages.tcp import link_habits
+from stages.tcp import Bundle, link_habits
 from stages.wire import StepFrame
 from tests.linked import (
     RUN,
@@ -49,7 +49,7 @@ def test_a_frame_arrives_as_it_was_sent(net: Net) -> None:
 
 
 def test_both_ends_count_the_same_bytes(net: Net) -> None:
-    near, far = net.pair()
+    near, far = net.pair(bundle=Bundle())
     packets = [step_packet(number, bytes(4 * number)) for number in range(1, 9999, 1000)]
     for packet in packets:
         near.send(packet)

@@ -95,7 +95,7 @@ def send(outbox: Outbox, numbers: range, size: int = 20_000) -> None:
 def test_every_frame_arrives_once_and_in_order_over_a_link_that_is_reset_again_and_again(
     join: Callable[..., Wire], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "FIRST_TURN_S", 0.01)
+    monkeypatch.setattr(turns, "LEARNING_S", 0.1)
     monkeypatch.setattr(turns, "TURN_S", 0.02)
     wire = join(bundle=bundle)
     wire.relay.reset_after_bytes = 300_000  # in mid-frame, every fifteen frames or so

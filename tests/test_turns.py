@@ -9,24 +9,31 @@ from stages import turns
 from stages.errors import FrameError, LinkError
 from stages.frame import PREFIX_BYTES, Kind, Label, run_number, seal
 from stages.tcp import BBR_BUNDLE, Bundle
-from stages.turns import FIRST_TURN_S, TURN_S, Turns
+from stages.turns import LEARNING_S, TURN_S, Turns
 from tests.linked import RUN, Net, arrive, step_packet, wait_for
 
 BBR_PATIENCE_S = 10.0
 """For so long BBR trusts a least round trip."""
 
 
-def test_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
+def carriers(taking: Turns, *times_s: float) -> list[int]:
+    """Who carries frames that are sent then."""
+    places = []
+    for now_s in times_s:
+        if taking.over(now_s):
+            taking.pass_on(now_s)
+        places.append(taking.current)
+    return places
+
+
+def test_frames_alternate_until_both_have_learned_the_wire() -> None:
+    assert carriers(Turns(2), 7.0, 7.0, 7.1, 6.9 + LEARNING_S) == [0, 1, 0, 1]
+
+
+def test_then_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
     taking = Turns(2)
-    assert not taking.over(100.0)
-    assert not taking.over(99.9 + FIRST_TURN_S)
-    assert taking.over(100.0 + FIRST_TURN_S)
-    taking.pass_on()
-    assert taking.current == 1
-    assert not taking.over(500.0)
-    assert taking.over(500.0 + TURN_S)
-    taking.pass_on()
-    assert taking.current == 0
+    assert carriers(taking, 0.0, 100.0, 99.9 + TURN_S) == [0, 1, 1]
+    assert carriers(taking, 100.0 + TURN_S, 500.0, 499.9 + TURN_S) == [0, 1, 1]
 
 
 def test_a_turn_is_over_before_bbr_would_empty_the_wire_and_a_rest_is_not() -> None:
@@ -34,27 +41,23 @@ def test_a_turn_is_over_before_bbr_would_empty_the_wire_and_a_rest_is_not() -> N
 
 
 def test_a_connection_alone_carries_for_ever() -> None:
-    assert not any(Turns(1).over(now_s) for now_s in (0.0, 1e9))
+    assert carriers(Turns(1), 0.0, 0.0, 1e9) == [0, 0, 0]
 
 
 def test_frames_arrive_whole_and_in_order_whoever_carries_them(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "FIRST_TURN_S", 0.0)
-    monkeypatch.setattr(turns, "TURN_S", 0.0)  # every frame is another's
+    monkeypatch.setattr(turns, "TURN_S", 0.0)  # every frame is another's, later too
     near, far = net.pair(bundle=BBR_BUNDLE)
     chance = random.Random(1)
     sizes = [chance.choice((4, 3000, 70_000, 2_000_000)) for _ in range(40)]
     packets = [step_packet(number, chance.randbytes(size)) for number, size in enumerate(sizes)]
     sent, received = arrive(near, far, packets)
-    assert sent.frames_sent == received.frames_received == 2 * len(packets)
-    assert sent.control_bytes_sent == PREFIX_BYTES * len(packets)
+    assert sent.frames_sent == received.frames_received == len(packets)
+    assert sent.control_bytes_sent == PREFIX_BYTES * (len(packets) - 1)
 
 
-def test_a_broken_connection_is_noticed_when_its_turn_comes(
-    net: Net, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(turns, "FIRST_TURN_S", 0.0)
+def test_a_broken_connection_is_noticed_when_its_turn_comes(net: Net) -> None:
     near, _far = net.pair(bundle=BBR_BUNDLE)
     socket.socket.shutdown(near.sockets[1], socket.SHUT_RDWR)
     with pytest.raises(LinkError):
@@ -76,12 +79,12 @@ def test_a_turn_says_nothing_else() -> None:
 
 def test_what_either_end_sees_of_its_wire_is_that_of_the_one_that_carries(net: Net) -> None:
     near, far = net.pair(bundle=BBR_BUNDLE)
-    for number in range(20):
+    for number in range(21):
         near.send(step_packet(number, bytes(40_000)))
         far.receive()
     wait_for(lambda: near.tcp_state().bytes_per_s > 0)
     alone = near.tcp_state()
-    near._sending.pass_on()
+    near._sending.pass_on(0.0)
     resting = near.tcp_state()
     assert resting.bytes_per_s < alone.bytes_per_s
     assert resting.segments_sent == alone.segments_sent
