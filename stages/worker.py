@@ -68,6 +68,8 @@ REDIAL_S = 5.0
 """Limit for one attempt to take up a connection that broke."""
 FAREWELL_S = 5.0
 """A neighbour that leaves before us at the end of a run: the driver's word comes within this."""
+ORPHANED, UNSURE = 3, 4
+"""What the process ends with when its parent has gone, and when a thread failed as none foresaw."""
 
 
 class Worker:
@@ -352,12 +354,25 @@ def _leave_at_end_of_input() -> None:
         sys.stdin.fileno(), 4096
     ):  # no buffer: its lock would hold up the interpreter's end
         pass
-    os._exit(3)  # nobody is left to report to, and a run resumes from what was committed
+    os._exit(ORPHANED)  # nobody is left to report to, and a run resumes from what was committed
+
+
+def _die_of(failure: threading.ExceptHookArgs) -> None:
+    """End the process when a thread dies of what it did not foresee: whoever waits for it would
+    wait for ever."""
+    if issubclass(failure.exc_type, SystemExit):
+        return
+    name = failure.thread.name if failure.thread else "unknown"
+    error = failure.exc_value or failure.exc_type()
+    log.critical("thread failed name=%s", name, exc_info=error)
+    logging.shutdown()
+    os._exit(UNSURE)
 
 
 def main() -> int:
     """Run the worker of the spec file named on the command line; 0 after the driver's Stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    threading.excepthook = _die_of
     _end_with_parent()
     spec = StageSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
