@@ -142,9 +142,11 @@ class Connection:
         )
 
     def tcp_state(self) -> TcpState:
-        """What the system says of the connection; for the using thread."""
-        states = [TcpState.of(tls) for tls in self.sockets]
-        return TcpState.together(states, self._sending.current if self.hello.in_turns else None)
+        """What the system says of the connection; for the using thread, raises LinkError."""
+        with self._sole_use():
+            states = [TcpState.of(tls) for tls in self.sockets]
+            turn = self._sending.current if self.hello.in_turns else None
+            return TcpState.together(states, turn)
 
     def succeed(self, broken: "Connection") -> None:
         """Take over the counters and the share of room of the connection that this one replaces."""

@@ -25,7 +25,7 @@ from stages.inbox import Inbox
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.tcp import Bundle, link_habits
-from stages.wire import StepFrame
+from stages.wire import Ack, StepFrame
 from tests.linked import (
     RUN,
     Net,
@@ -199,6 +199,15 @@ def test_closing_here_is_no_news(net: Net) -> None:
     inbox = Inbox(far, mailbox)
     inbox.close()
     assert mailbox.get(0.05) is None
+
+
+def test_a_connection_that_was_closed_while_a_word_was_read_has_no_state(net: Net) -> None:
+    near, far = net.pair()
+    far.send(Ack(1, 1).encode(far.run))
+    near.receive()
+    near.close()  # by another thread, in life: between the word and what it is weighed with
+    with pytest.raises(LinkError, match="closed here"):
+        near.tcp_state()
 
 
 def test_two_threads_on_one_tls_object_are_noticed(net: Net) -> None:
