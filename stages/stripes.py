@@ -147,9 +147,15 @@ class Stripes:
         for stripe in self._readable():
             chunk = stripe.read()
             while chunk is not None:
-                self._early[chunk[0]] = chunk[1]
+                self._keep(*chunk)
                 chunk = stripe.read() if stripe.last < self._due + MAX_AHEAD else None
         return len(self._early) > before
+
+    def _keep(self, number: int, chunk: memoryview) -> None:
+        """Hold a chunk until its turn; what comes twice would be held for ever."""
+        if number < self._due or number in self._early:
+            raise ProtocolError(f"chunk {number} came again, when chunk {self._due} was due")
+        self._early[number] = chunk
 
     def _readable(self) -> list[_Stripe]:
         """Those that may read: a connection far ahead waits for the one that holds what is due."""

@@ -13,7 +13,7 @@ from stages.errors import PeerClosedError, ProtocolError
 from stages.inbox import Inbox
 from stages.mailbox import LinkDown, Mailbox
 from stages.send_queue import Bell
-from stages.stripes import CHUNK_BYTES
+from stages.stripes import CHUNK_BYTES, Stripes
 from stages.tcp import Bundle
 from tests.linked import Net, arrive, data_hello, step_packet, wait_for
 
@@ -94,6 +94,23 @@ def test_a_chunk_that_comes_twice_is_refused(net: Net) -> None:
     liars[0].sendall((struct.pack("<QI", 3, 4) + b"abcd") * 2)
     with pytest.raises(ProtocolError, match="chunk 3"):
         far.receive()
+    far.close()
+    for liar in liars:
+        liar.close()
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["delivered", "waiting"])
+def test_a_chunk_that_another_stripe_has_brought_is_refused(net: Net, number: int) -> None:
+    listener = net.listener()
+    liars = [dial_stripe(net, listener.address, 5, stripe) for stripe in range(2)]
+    far = listener.accept(5)
+    stream = Stripes(far.sockets)
+    for early in (0, 2):
+        liars[0].sendall(struct.pack("<QI", early, 4) + b"abcd")
+    assert stream.recv_into(memoryview(bytearray(4))) == 4
+    liars[1].sendall(struct.pack("<QI", number, 4) + b"abcd")
+    with pytest.raises(ProtocolError, match=f"chunk {number} came again"):
+        stream.recv_into(memoryview(bytearray(4)))
     far.close()
     for liar in liars:
         liar.close()
