@@ -16,8 +16,13 @@ from stages.link_codec import LinkDecoder
 from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import PATIENCE_S
+from stages.wire import Ack
 
 log = logging.getLogger(__name__)
+
+WORDS_A_PATIENCE = (
+    8  # from an end that is held up; the other takes half of it in silence for a loss
+)
 
 
 class Inbox:
@@ -44,6 +49,7 @@ class Inbox:
         self._mailbox = mailbox
         self._listener = listener
         self._patience_s = patience_s if listener else 0.0
+        self._word_s = patience_s / WORDS_A_PATIENCE
         self._decoder = decoder or LinkDecoder()
         self._changed = threading.Condition()
         self._next: Connection | None = None
@@ -111,13 +117,19 @@ class Inbox:
                 self._answer_profiles()
                 continue
             if frame.label.frame > self.last_frame:
-                self._mailbox.put(Arrival(source, self._decoder.opened(frame)))
+                self._hand_over(Arrival(source, self._decoder.opened(frame)))
                 self.last_frame = frame.label.frame
             else:
                 source.counters.duplicates_dropped += 1
             word = self._decoder.acknowledgement(frame.label.epoch, self.last_frame)
             source.send(word.encode(source.run))
             self._answer_profiles()
+
+    def _hand_over(self, arrival: Arrival) -> None:
+        """Put a frame into the mailbox; while that is full, have the sender hear that this end lives."""
+        while not self._mailbox.put(arrival, self._word_s):
+            word = Ack(arrival.frame.label.epoch, self.last_frame)
+            arrival.source.send(word.encode(arrival.source.run))
 
     def _answer_profiles(self) -> None:
         """Tell the sender which profiles are held; of a dense one, when this end can decode with it."""

@@ -33,7 +33,7 @@ from stages.frame import (
     seal,
 )
 from stages.frame_reader import FrameReader
-from stages.link_meter import TcpState
+from stages.link_meter import TcpState, bytes_moved
 from stages.send_queue import Bell
 from stages.stripes import Stripes
 from stages.tcp import congestion_control, limit_unsent, link_error, part
@@ -147,6 +147,16 @@ class Connection:
             states = [TcpState.of(tls) for tls in self.sockets]
             turn = self._sending.current if self.hello.in_turns else None
             return TcpState.together(states, turn)
+
+    def bytes_moved(self) -> int | None:
+        """Bytes that have gone there or come here, TLS's own too; for any thread.
+
+        None where nobody can say, or no more.
+        """
+        with contextlib.suppress(OSError):
+            moved = [bytes_moved(tls) for tls in self.sockets]
+            return sum(count for count in moved if count is not None) if None not in moved else None
+        return None
 
     def succeed(self, broken: "Connection") -> None:
         """Take over the counters and the share of room of the connection that this one replaces."""

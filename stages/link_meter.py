@@ -24,6 +24,17 @@ SMALLEST_SAMPLE_BYTES: Final = 4096  # below, a frame tells of round trips, not 
 _TCP_INFO = struct.Struct("<68xI28xI44xI4xIQ")  # of Linux's tcp_info, the fields of TcpState
 
 
+_TCP_MOVED = struct.Struct("<120xQQ")  # acknowledged by the peer's system, and received from it
+
+
+def bytes_moved(connection: socket.socket) -> int | None:
+    """Bytes that a connection has brought there or here; None where the system does not say."""
+    if not hasattr(socket, "TCP_INFO"):
+        return None
+    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_MOVED.size)
+    return sum(_TCP_MOVED.unpack(told)) if len(told) == _TCP_MOVED.size else None
+
+
 @dataclass(frozen=True, slots=True)
 class TcpState:
     """What the system says of a TCP connection; zeros where it says nothing."""

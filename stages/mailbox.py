@@ -5,7 +5,9 @@ Each connection has its own share of room, so a full one holds up its own sender
 nobody else's.
 """
 
+import math
 import threading
+import time
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -60,12 +62,21 @@ class Mailbox:
                 self._changed.notify_all()
             return mail
 
-    def put(self, arrival: Arrival) -> None:
-        """Add a frame; waits while its connection's share is full, unless that is closed here."""
+    def put(self, arrival: Arrival, timeout_s: float = math.inf) -> bool:
+        """
+        Add a frame; waits while its connection's share is full, unless that is closed here.
+
+        Whether there was room before the time was over.
+        """
+        until_s = time.monotonic() + timeout_s
         with self._changed:
             while not self._has_room(arrival.source) and not arrival.source.closed:
-                self._changed.wait(0.2)  # a close from elsewhere notifies nobody
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(min(left_s, 0.2))  # a close from elsewhere notifies nobody
             self._add(arrival)
+            return True
 
     def has_room(self, source: Connection) -> bool:
         """Whether a connection's share has room for another frame."""

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 20.0  # how long a broken connection may stay away before it counts as down
 REDIAL_PAUSE_S = 0.1
+GLANCES_A_PATIENCE = (
+    8  # at whether anything moves; half of them in vain mean that the route is gone
+)
 WINDOW_FRAMES = 256  # their acknowledgements fit any socket's buffer, so neither end waits for both
 
 
@@ -34,7 +37,8 @@ class Outbox:
     At most `window` frames are unacknowledged at a time, and none is sent once they have the bytes for
     which the peer has given credit: what it does not read is not kept here without bound. With
     `redial`, a connection that broke is dialled again for `patience_s` seconds, each call of `redial`
-    being one `dial_once`. When it is down for good, `on_down` is called once from that thread, and
+    being one `dial_once`; so is one over which nothing moves for half of them, though frames are under
+    way. When it is down for good, `on_down` is called once from that thread, and
     every later `put` raises the same error.
     """
 
@@ -63,6 +67,11 @@ class Outbox:
             target=self._run, name=f"outbox-{connection.peer}", daemon=True
         )
         self._thread.start()
+        self._watch = threading.Thread(
+            target=self._watch_route, name=f"watch-{connection.peer}", daemon=True
+        )
+        if redial is not None:
+            self._watch.start()
 
     def put(self, message: Packet | StepFrame, timeout_s: float | None = None) -> None:
         """Queue a frame; waits while the queue is full, LinkTimeoutError after `timeout_s`.
@@ -101,6 +110,8 @@ class Outbox:
             self._connection.close()
         self._bell.ring()
         self._thread.join()
+        if self._watch.ident is not None:
+            self._watch.join()
         self._bell.close()
 
     def _run(self) -> None:
@@ -112,6 +123,25 @@ class Outbox:
             if not self._aborted.is_set():
                 self._on_down(LinkDown(self._connection, error))
             self._connection.close()
+
+    def _watch_route(self) -> None:
+        """
+        Break a connection whose route has forgotten it, in whatever its thread waits there.
+
+        Some box may have taken the frames and lost them, so that TCP knows of none that is missing. A
+        peer that is held up says so. Glances are counted, not seconds: this process may have slept.
+        """
+        seen, in_vain = (self._connection, self._connection.bytes_moved()), 0
+        while not self._aborted.wait(self._patience_s / GLANCES_A_PATIENCE):
+            if not self._thread.is_alive():
+                return
+            connection, before = self._connection, seen
+            seen = connection, connection.bytes_moved()
+            stuck = self._queue.waiting > 0 and seen[1] is not None and seen == before
+            in_vain = in_vain + 1 if stuck else 0
+            if in_vain == GLANCES_A_PATIENCE // 2:
+                log.warning("link forgotten by its route peer=%s", connection.peer)
+                connection.close()
 
     def _broken_by(self) -> LinkError | None:
         """Use the connection until it breaks; None when all was sent."""

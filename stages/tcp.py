@@ -20,7 +20,12 @@ from pathlib import Path
 
 from stages.errors import LinkError, LinkTimeoutError, PeerClosedError
 
-SILENCE_MS = 60_000  # unacknowledged bytes end a connection after this; heartbeats judge sooner
+SILENCE_MS = 60_000
+"""Bytes that the other end's system has not taken for so long end a connection.
+
+That it answers and has no room counts as well: a peer held up by a full mailbox. Links judge sooner and
+better, by what they hear.
+"""
 _TCP_OPTIONS = (
     ("TCP_NODELAY", 1),
     ("TCP_KEEPIDLE", 10),

@@ -136,6 +136,61 @@ def test_a_cut_of_a_second_is_a_pause(join: Callable[..., Wire]) -> None:
     assert wire.outbox.report().reconnects == 0
 
 
+@pytest.mark.parametrize("stripes", [1, 4])
+def test_a_connection_that_its_route_forgot_is_dialled_again(
+    join: Callable[..., Wire], stripes: int
+) -> None:
+    wire = join(patience_s=1.6, stripes=stripes)
+    wire.relay.hold()
+    send(wire.outbox, range(1))
+    assert wire.arrived(1) == [0]
+    wire.outbox.close()
+    assert wire.outbox.report().reconnects == 1
+    assert not wire.downs
+
+
+def test_a_sender_that_its_route_forgot_in_mid_frame_dials_again(join: Callable[..., Wire]) -> None:
+    wire = join(patience_s=1.6)
+    wire.relay.hold()
+    send(wire.outbox, range(3), size=40_000_000)  # more than the wire takes: the thread is stuck
+    assert wire.arrived(3) == [0, 1, 2]
+    wire.outbox.close()
+    assert wire.outbox.report().reconnects == 1
+
+
+def test_a_receiver_that_is_held_up_is_not_lost(join: Callable[..., Wire]) -> None:
+    wire = join(patience_s=1.6, capacity=1)
+    send(wire.outbox, range(4))
+    time.sleep(2.5)
+    send(wire.outbox, range(4, 6), size=40_000_000)
+    time.sleep(2.5)
+    assert wire.arrived(6) == list(range(6))
+    wire.outbox.close()
+    assert wire.outbox.report().reconnects == 0
+
+
+def test_a_slow_wire_is_not_lost(join: Callable[..., Wire]) -> None:
+    wire = join(patience_s=1.6)
+    opening = threading.Event()
+
+    def crawl() -> None:
+        while not opening.wait(0.2):
+            wire.relay.there.set()
+            time.sleep(0.002)
+            wire.relay.there.clear()
+        wire.relay.there.set()
+
+    crawling = threading.Thread(target=crawl)
+    crawling.start()
+    send(wire.outbox, range(1), size=40_000_000)
+    time.sleep(3)
+    opening.set()
+    crawling.join()
+    assert wire.arrived(1) == [0]
+    wire.outbox.close()
+    assert wire.outbox.report().reconnects == 0
+
+
 def test_a_frame_that_comes_twice_is_dropped(join: Callable[..., Wire]) -> None:
     wire = join()
     connection = wire.net.pair()
