@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Self
 
@@ -43,6 +42,7 @@ from stages.control import (
     Stop,
     Topology,
     decode,
+    messages_of,
 )
 from stages.duplex import Duplex
 from stages.errors import LinkError, LinkTimeoutError, StageError
@@ -60,8 +60,6 @@ EPOCH = 1
 HOST = "127.0.0.1"
 JOIN_S = 180.0
 """From the start of a stage's process to its first word: imports, on a busy machine."""
-LEASE_TOKENS = 2**20
-"""Prompt tokens in one message to a head, or one row if that has more."""
 CODECS: dict[str, Codec] = {RAW: RAW, FAST: FAST, INT8: INT8}
 """A plan's words for a link's codec, as a stage is told them."""
 STOP_S = 15.0
@@ -209,9 +207,8 @@ class Fleet:
     def lease(self, pipeline: int, rows: Sequence[LeasedRow]) -> None:
         """Hand rows to a pipeline's head, in messages of bounded size."""
         head = self._stations[self._pipelines[pipeline][0]]
-        ends = accumulate(len(row.token_ids) for row in rows)
-        for _, part in groupby(zip(rows, ends, strict=True), lambda it: it[1] // LEASE_TOKENS):
-            self._send(head, Rows(rows=tuple(row for row, _ in part)))
+        for part in messages_of(rows):
+            self._send(head, Rows(rows=part))
 
     def rows_in_flight(self, pipeline: int) -> int:
         """Rows that a pipeline's ring computes at once at most, by now."""

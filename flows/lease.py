@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from flows.dealing import Told
 from flows.job import Job, Sampling, sentences
 from flows.model import ModelFolder
-from stages.control import LeasedRow
+from stages.control import MAX_ROW_TOKENS, LeasedRow
 from stages.errors import PromptError
 from storage.prompts import PromptRow
 from storage.results import ResultRow
@@ -47,8 +47,8 @@ class Clerk:
         self._job = job
         self._model = model
         self._names = names
-        self._kv_tokens = kv_tokens
-        """Of the pipeline that has room for most."""
+        self._kv_tokens = min(kv_tokens, MAX_ROW_TOKENS)
+        """Of the pipeline that has room for most, and of a message to it."""
 
     def lease(self, prompt: PromptRow) -> Lease | ResultRow | None:
         """The row as its head takes it; or its result at once, where nothing is to be computed.

@@ -5,12 +5,16 @@ A control message travels as the payload of a frame of its kind, so it shares th
 length and sum. Sizes are bounded before the JSON is parsed; a field too many is an error.
 """
 
-from typing import Annotated, ClassVar, Literal, Self, TypeAlias
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     StringConstraints,
     ValidationError,
@@ -19,16 +23,37 @@ from pydantic import (
 
 from planner.schedule import RingShape
 from stages.errors import FrameError
-from stages.frame import MAX_ROWS, ROOM_BYTES, Frame, Kind, Label, Packet, run_number, seal
+from stages.frame import (
+    MAX_LEASE_BYTES,
+    MAX_ROWS,
+    ROOM_BYTES,
+    Frame,
+    Kind,
+    Label,
+    Packet,
+    run_number,
+    seal,
+)
 from stages.identity import NAME_PATTERN
 from stages.wire import MAX_POSITION, Ack, ProfileFrame, ProfileHeld, SampleFrame, StepFrame
 
 MAX_TEXT_CHARS = 4000  # of an error's message; the rest is cut, for the crash path must not crash
-MAX_ROW_TOKENS = 2**22
+MAX_ROW_TOKENS = 2**20  # so that a row's ids, or its answer's with text, fit one message
+MAX_LEASED = 4096  # rows or answers in one message
+MAX_KEYS = 2**16  # in one message's JSON; to read one that is not wanted takes some 1 kB
+MOST_FAULTS = 64  # of a message, that are looked at one by one
 MAX_STOPS = 64
+RECORD_BYTES, TOKEN_BYTES, CHAR_BYTES = 1024, 11, 6
+"""The most that a row or answer without ids and text, an id, and a character take in JSON."""
 MAX_MEMBERS = 1024
 MAX_STRIPES = 16
 MAX_RECALLED = 2**14  # rows that a head gives back at once: their numbers fit one message
+
+
+_TO_THE_NEXT_KEYS_END = re.compile(
+    rb'[^":]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"?[^":]*+)*+(?::|\Z)', re.DOTALL
+)
+"""JSON up to a colon that is in no string. It fits anywhere, so whatever the JSON, it is read once."""
 
 
 def _bounded(text: object) -> object:
@@ -49,7 +74,23 @@ Epoch: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
 Port: TypeAlias = Annotated[int, Field(ge=0, lt=2**16)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0)]
 Token: TypeAlias = Annotated[int, Field(ge=0, le=MAX_POSITION)]
-Tokens: TypeAlias = Annotated[tuple[Token, ...], Field(max_length=MAX_ROW_TOKENS)]
+Tokens: TypeAlias = Annotated[tuple[Token, ...], FailFast(), Field(max_length=MAX_ROW_TOKENS)]
+
+
+def _bounded_json(body: bytes) -> bytes:
+    """The same bytes; raises FrameError where reading them could take far more memory than they do."""
+    stretches = _TO_THE_NEXT_KEYS_END.finditer(body)
+    if next(islice(stretches, MAX_KEYS + 1, None), None) is not None:
+        raise FrameError(f"a message of more than {MAX_KEYS} keys")
+    return body
+
+
+def _told(error: ValidationError) -> str:
+    """A few of a message's faults; a peer that made very many is told how many, for each costs 1 kB."""
+    if error.error_count() > MOST_FAULTS:
+        return f"it has {error.error_count()} faults"
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in faults[:3])
 
 
 class _Record(BaseModel):
@@ -76,11 +117,9 @@ class _Message(_Record):
         if frame.label.kind is not cls.kind:
             raise FrameError(f"a {frame.label.kind.name} frame came in place of {cls.kind.name}")
         try:
-            message = cls.model_validate_json(bytes(frame.payload))
+            message = cls.model_validate_json(_bounded_json(bytes(frame.payload)))
         except ValidationError as error:
-            faults = error.errors(include_url=False, include_input=False, include_context=False)
-            places = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in faults[:3])
-            raise FrameError(f"not a {cls.__name__} message: {places}") from error
+            raise FrameError(f"not a {cls.__name__} message: {_told(error)}") from None
         message.check_label(frame.label)
         return message
 
@@ -171,7 +210,7 @@ class Topology(_Message):
 
     kind = Kind.TOPOLOGY
     epoch: Epoch
-    peers: tuple[Peer, ...] = Field(max_length=MAX_MEMBERS)
+    peers: Annotated[tuple[Peer, ...], FailFast()] = Field(max_length=MAX_MEMBERS)
     capacity: Capacity
     """Of the stage that can hold least: no more is ever granted."""
 
@@ -241,7 +280,7 @@ class Heartbeat(_Message):
     """Of `busy_s`, the computing thread's processor time."""
     cpu_s: Seconds = 0.0
     """Processor time of the whole process, from its start."""
-    links: tuple[LinkReport, ...] = Field(default=(), max_length=MAX_MEMBERS)
+    links: Annotated[tuple[LinkReport, ...], FailFast()] = Field(default=(), max_length=MAX_MEMBERS)
 
 
 class LeasedRow(_Record):
@@ -257,12 +296,18 @@ class LeasedRow(_Record):
     top_k: int = Field(ge=0, lt=2**32)
     stop: tuple[StopText, ...] = Field(default=(), max_length=MAX_STOPS)
 
+    @property
+    def most_bytes(self) -> int:
+        """It takes no more in a message."""
+        ids = TOKEN_BYTES * len(self.token_ids)
+        return RECORD_BYTES + ids + CHAR_BYTES * sum(map(len, self.stop))
+
 
 class Rows(_Message):
     """The driver hands the head a lease of rows."""
 
     kind = Kind.ROWS
-    rows: tuple[LeasedRow, ...]
+    rows: Annotated[tuple[LeasedRow, ...], FailFast()] = Field(max_length=MAX_LEASED)
 
 
 class OpenSlots(_Message):
@@ -306,6 +351,12 @@ class Answer(_Record):
     prefill_s: Seconds
     decode_s: Seconds
 
+    @property
+    def most_bytes(self) -> int:
+        """It takes no more in a message."""
+        chars = len(self.text) + len(self.error_message or "")
+        return RECORD_BYTES + TOKEN_BYTES * len(self.output_ids) + CHAR_BYTES * chars
+
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if (self.finish_reason == "error") != (self.error_type is not None):
@@ -319,7 +370,24 @@ class Answers(_Message):
     """Rows that ended, from the head to the driver."""
 
     kind = Kind.ANSWERS
-    answers: tuple[Answer, ...]
+    answers: Annotated[tuple[Answer, ...], FailFast()] = Field(max_length=MAX_LEASED)
+
+
+Leased = TypeVar("Leased", LeasedRow, Answer)
+
+
+def messages_of(rows: Iterable[Leased]) -> Iterator[tuple[Leased, ...]]:
+    """Rows or answers in their order, as many at a time as surely fit one message."""
+    part: list[Leased] = []
+    part_bytes = 0
+    for row in rows:
+        if part and (len(part) == MAX_LEASED or part_bytes + row.most_bytes > MAX_LEASE_BYTES):
+            yield tuple(part)
+            part, part_bytes = [], 0
+        part.append(row)
+        part_bytes += row.most_bytes
+    if part:
+        yield tuple(part)
 
 
 class Stop(_Message):

@@ -31,6 +31,7 @@ MAX_FRAME_BYTES = 256 * 2**20  # above any micro-batch we plan; a larger claim i
 MAX_HEADER_BYTES = 2**20
 MAX_ROWS = 4096  # records of one kind in a step
 MAX_CONTROL_BYTES = 2**20
+MAX_LEASE_BYTES = 16 * 2**20  # rows or answers; JSON takes several times its size to read
 MAX_ACK_BYTES = 16
 ROOM_BYTES = 64 * 2**20  # above what a link of 500 Mbit/s and a second's round trip has under way
 MAX_GREETING_BYTES = 2**14  # read from a peer that has proved its key but not yet its place
@@ -105,7 +106,14 @@ PAYLOAD_KINDS = frozenset({Kind.STEP, Kind.SAMPLES})
 ACK_KINDS = frozenset({Kind.ACK, Kind.PROFILE_HELD})
 CONTROL_KINDS = frozenset(Kind) - RING_KINDS - TURN_KINDS - GREETING_KINDS - ACK_KINDS | {Kind.ACK}
 _NUMBERLESS = GREETING_KINDS | {Kind.BYE}
-_BULKY = frozenset({Kind.STEP, Kind.SAMPLES, Kind.ROWS, Kind.ANSWERS})
+_LIMITS = (
+    dict.fromkeys(PAYLOAD_KINDS, MAX_FRAME_BYTES)
+    | dict.fromkeys((Kind.ROWS, Kind.ANSWERS), MAX_LEASE_BYTES)
+    | dict.fromkeys(ACK_KINDS, MAX_ACK_BYTES)
+    | dict.fromkeys(GREETING_KINDS, MAX_GREETING_BYTES)
+    | dict.fromkeys(TURN_KINDS, 0)
+)
+"""Bytes of payload, of kinds that may not have MAX_CONTROL_BYTES."""
 RAW = 0
 """Codec tag of a payload that is the array itself; any other tag is the codec's business."""
 
@@ -252,7 +260,8 @@ def read_prefix(raw: Bytes) -> Prefix:
 
 def _check_label(label: Label, header_bytes: int, payload_bytes: int) -> None:
     """Raise FrameError unless sizes, tags and shape agree with one another and with the limits."""
-    if header_bytes > MAX_HEADER_BYTES or payload_bytes > _payload_limit(label.kind):
+    limit_bytes = _LIMITS.get(label.kind, MAX_CONTROL_BYTES)
+    if header_bytes > MAX_HEADER_BYTES or payload_bytes > limit_bytes:
         claim = f"{header_bytes} + {payload_bytes} bytes"
         raise FrameError(f"a {label.kind.name} frame claims {claim}, over its limit")
     if label.kind is Kind.STEP:
@@ -266,16 +275,6 @@ def _check_label(label: Label, header_bytes: int, payload_bytes: int) -> None:
         fits = fits and label.slot == 0 and (label.frame == 0 or label.kind not in _NUMBERLESS)
     if not fits:
         raise FrameError(f"sizes and tags contradict one another: {label}, {payload_bytes} bytes")
-
-
-def _payload_limit(kind: Kind) -> int:
-    if kind in _BULKY:
-        return MAX_FRAME_BYTES
-    if kind in ACK_KINDS:
-        return MAX_ACK_BYTES
-    if kind in TURN_KINDS:
-        return 0
-    return MAX_GREETING_BYTES if kind in GREETING_KINDS else MAX_CONTROL_BYTES
 
 
 def _is_activation(label: Label, payload_bytes: int) -> bool:

@@ -40,6 +40,7 @@ from stages.control import (
     Stop,
     Topology,
     decode,
+    messages_of,
 )
 from stages.cpu_share import CpuShare
 from stages.dialing import dial, dial_once
@@ -319,8 +320,8 @@ class Worker:
         return True
 
     def _report(self, answers: list[Answer]) -> None:
-        if answers:
-            self._driver.send(Answers(answers=tuple(answers)))
+        for part in messages_of(answers):
+            self._driver.send(Answers(answers=part))
 
     def _step_failed(self, frame: int, slot: int, error: StepError) -> StepFailed:
         log.error("step failed frame=%d error=%s", frame, error)
