@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 10.0  # for TLS and hello together, however slowly the bytes drip
 MAX_HANDSHAKES = 32
+PROOF_S = 1.0  # for a peer to prove its key while others wait: several round trips of a long wire
+MAKE_WAY_S = 0.05  # how often it is looked for who has not
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class Listener:
     """
     Takes connections from members of the plan, at one given address and nowhere else.
 
-    Every handshake has its own thread and a deadline, so a peer that dribbles holds nobody up.
+    Every handshake has its own thread and a deadline, so a peer that dribbles holds nobody up. When
+    there are MAX_HANDSHAKES, those that have proved no key for PROOF_S make way for others.
     `greeting` gives this end's hello anew for each connection: its epoch is the plan in force.
     A stranger is refused, noted in `refusals`, and otherwise no event.
     """
@@ -92,6 +95,8 @@ class Listener:
         self._begun: dict[tuple[str, Purpose], _Stream] = {}
         self._changed = threading.Condition()
         self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
+        self._unproven: dict[ssl.SSLSocket, float] = {}
+        """Connections whose peers have proved no key, and since when they are there."""
         self._closing = False
         self._over = ""
         self._thread = threading.Thread(target=self._serve, name="link-accept", daemon=True)
@@ -156,11 +161,11 @@ class Listener:
 
     def _serve(self) -> None:
         while not self._closing:
-            self._handshakes.acquire()  # the rest wait in the backlog
             accepted = self._next()
             if accepted is None:
-                self._handshakes.release()
                 continue
+            while not self._handshakes.acquire(timeout=MAKE_WAY_S):  # the rest wait in the backlog
+                self._make_way()
             threading.Thread(
                 target=self._greet, args=accepted, name="link-handshake", daemon=True
             ).start()
@@ -177,6 +182,16 @@ class Listener:
                 time.sleep(0.1)
             return None
         return raw, f"{address[0]}:{address[1]}"
+
+    def _make_way(self) -> None:
+        """End handshakes that should have proved a key by now; a member dials again."""
+        before_s = time.monotonic() - PROOF_S
+        with self._changed:
+            late = [tls for tls, since_s in self._unproven.items() if since_s < before_s]
+            for tls in late:
+                del self._unproven[tls]
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(tls, socket.SHUT_RDWR)  # wakes its thread
 
     def _greet(self, raw: socket.socket, place: str) -> None:
         try:
@@ -232,8 +247,7 @@ class Listener:
             tls = trust.server.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
             undo.pop_all()
             undo.callback(part, tls)
-            tls.do_handshake()
-            proven = trust.name_of(tls)
+            proven = self._proven(trust, tls)
             hello = decode(read_greeting(tls, deadline_s))
             if not isinstance(hello, Hello) or isinstance(hello, Welcome):
                 raise ProtocolError(f"{proven} opened with something else than a hello")
@@ -248,6 +262,17 @@ class Listener:
             tls.settimeout(None)
             undo.pop_all()
             return tls, hello
+
+    def _proven(self, trust: Trust, tls: ssl.SSLSocket) -> str:
+        """The member whose key the peer holds; raises where it is nobody's."""
+        with self._changed:
+            self._unproven[tls] = time.monotonic()
+        try:
+            tls.do_handshake()
+            return trust.name_of(tls)
+        finally:
+            with self._changed:
+                self._unproven.pop(tls, None)
 
     def _welcome(self, own: Hello, hello: Hello) -> Welcome:
         route = self._routes.get((hello.name, hello.purpose))

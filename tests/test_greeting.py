@@ -18,7 +18,7 @@ from stages.errors import (
 )
 from stages.frame import EpochMismatchError, RunMismatchError
 from stages.identity import Member, make_identity
-from stages.listener import Listener
+from stages.listener import MAX_HANDSHAKES, Listener
 from stages.tcp import Bundle
 from stages.trust import Trust
 from tests.linked import (
@@ -243,6 +243,20 @@ def test_peers_that_dribble_hold_nobody_up(net: Net) -> None:
     wait_for(lambda: len(listener.refusals) == len(idlers))
     for idler in idlers:
         idler.close()
+
+
+def test_strangers_who_take_all_places_keep_no_member_out(net: Net) -> None:
+    listener = net.listener(handshake_s=30)
+    dawdler = net.trust("c").client.wrap_socket(socket.create_connection(listener.address))
+    time.sleep(0.2)  # its certificate is read
+    idlers = [socket.create_connection(listener.address) for _ in range(2 * MAX_HANDSHAKES)]
+    started_s = time.monotonic()
+    net.closing.append(dial(net.trust("a"), "b", listener.address, data_hello(), 5).close)
+    assert time.monotonic() - started_s < 4
+    dawdler.sendall(bytes(hello_of("c").greeting()))
+    assert dawdler.recv(1), "who had proved a member's key lost its place"
+    for end in (*idlers, dawdler):
+        end.close()
 
 
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
