@@ -4,7 +4,7 @@ A frame describes itself: level, dtype, shape, how each byte plane is stored, an
 all of it. So frames may be retried, reordered, dropped or sent twice. The one thing that the two
 ends share is a `Profile`, which the sender uses only after the receiver has acknowledged it.
 
-Little-endian, and written so that it is never longer than raw plus its header:
+Little-endian, and written so that, but for int8, it is never longer than raw plus its header:
 
     "WA" | version u8 | level u8 | dtype u8 | dimensions u8
     modes u8: 2 bits a plane, 0x80 if its planes are joined | 0
@@ -68,7 +68,7 @@ SMALLEST_CODED_BYTES: Final = 2048  # below, a frame is a packet or two however 
 MAX_DIMENSIONS: Final = 8
 MAX_RAW_BYTES: Final = 2**31  # of one frame; stored lengths and dimensions are 32 bits wide
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _JOINED: Final = 0x80
 _START: Final = struct.Struct("<2sBBBBBB")
 _CHECKSUM: Final = struct.Struct("<Q")
@@ -122,17 +122,19 @@ def encode(
 ) -> Encoded:
     """One frame of the elements in `buffer` (C order; copied first if it is not contiguous).
 
-    `level` is a wish: the frame is raw where that is no longer, or below 2 KiB, int8 gives way to
-    fast beside a NaN or an infinity, and dense does without a dense profile. `profile` must have been
+    `level` is a wish: the frame is raw where that is no longer, or below 2 KiB, and dense gives way to
+    fast without a dense profile. But int8 is kept to wherever there is a float, so that what a row
+    becomes hangs on nothing else. `profile` must have been
     acknowledged by the receiver; one learned from another dtype or width is left unused. ValueError
     where buffer, dtype and shape disagree.
     """
     elements = _contiguous_bytes(buffer)
     _check_input(elements.size, dtype, shape, level)
     coded = None
-    if elements.size >= SMALLEST_CODED_BYTES:
-        if level == INT8 and dtype != "opaque":
-            coded = _encode_int8(elements, dtype, shape)
+    if level == INT8 and dtype != "opaque" and elements.size:
+        split = Planes(codec_int8.quantized(elements, dtype, _channels(shape)))
+        coded = _coded(INT8, dtype, shape, 0, split)
+    elif elements.size >= SMALLEST_CODED_BYTES:
         if level == DENSE and isinstance(profile, DenseProfile) and profile.fits(dtype, shape):
             coded = _encode_dense(elements, dtype, shape, profile)
         if level != RAW and coded is None:
@@ -155,7 +157,7 @@ def decode(
     if header.level == RAW:
         elements = np.frombuffer(header.payload, np.uint8).copy()
     elif header.level == INT8:
-        elements = codec_int8.restored(_unpacked(header), header.dtype)
+        elements = codec_int8.restored(_unpacked(header), header.dtype, _channels(header.shape))
     elif header.level == DENSE:
         elements = _restored_dense(header, profiles or {})
     else:
@@ -178,12 +180,9 @@ def _check_input(size: int, dtype: str, shape: Sequence[int], level: str) -> Non
         raise ValueError(f"{size} bytes are not {dtype} of shape {tuple(shape)}")
 
 
-def _encode_int8(elements: Bytes, dtype: str, shape: Sequence[int]) -> Encoded | None:
-    """The frame of rounded elements, or None where some are not finite."""
-    quantized = codec_int8.quantized(elements, dtype)
-    if quantized is None:
-        return None
-    return _smaller(INT8, elements, dtype, shape, 0, Planes(quantized))
+def _channels(shape: Sequence[int]) -> int:
+    """Elements of one row; a lone number is a row."""
+    return shape[-1] if shape else 1
 
 
 def _encode_dense(
@@ -223,12 +222,17 @@ def _smaller(
     level: str, elements: Bytes, dtype: str, shape: Sequence[int], profile_id: int, split: Planes
 ) -> Encoded | None:
     """The frame of these planes if it is smaller than the raw one."""
+    coded = _coded(level, dtype, shape, profile_id, split)
+    raw_bytes = _DIMENSIONS_AT + 4 * len(shape) + elements.size
+    return coded if coded.nbytes < raw_bytes else None
+
+
+def _coded(level: str, dtype: str, shape: Sequence[int], profile_id: int, split: Planes) -> Encoded:
+    """The frame of these planes."""
     coders = _coders(level, dtype)
     packed = [codec_coder.pack(*each) for each in zip(split.planes, coders, strict=True)]
     payload = [stored for _, stored in packed]
     table = struct.pack(f"<{1 + len(packed)}I", profile_id, *map(len, payload))
-    if sum(map(len, payload)) + len(table) >= elements.size:
-        return None
     modes = sum(mode << 2 * i for i, (mode, _) in enumerate(packed))
     if split.joined:
         modes |= _JOINED
@@ -321,7 +325,8 @@ def _unpacked(header: _Header) -> list[Bytes]:
     elements = math.prod(header.shape)
     sizes: tuple[int, ...]
     if header.level == INT8:
-        sizes = codec_int8.sizes(elements)
+        channels = _channels(header.shape)
+        sizes = codec_int8.sizes(elements // channels, channels)
     elif header.level == DENSE:
         sizes = dense_sizes(elements, header.dtype, header.lengths[0])
     else:

@@ -91,14 +91,14 @@ def test_lies_under_a_right_checksum_never_do_worse_than_a_frame_error() -> None
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(noise: bytes) -> None:
-    for frame in (noise, b"WA\1" + noise, sealed(b"WA\1\1\2\2\2\0" + bytes(8) + noise)):
+    for frame in (noise, b"WA\2" + noise, sealed(b"WA\2\1\2\2\2\0" + bytes(8) + noise)):
         with pytest.raises(FrameError):
             decode(frame, max_bytes=LIMIT)
 
 
 def fast_frame(*, dims: tuple[int, int], planes: tuple[bytes, bytes], modes: int = 0b0110) -> bytes:
     """A bfloat16 frame made by hand; 0b0110: plane 0 coded, plane 1 as it is."""
-    start = struct.pack("<2sBBBBBB8x", b"WA", 1, 1, 2, 2, modes, 0)
+    start = struct.pack("<2sBBBBBB8x", b"WA", 2, 1, 2, 2, modes, 0)
     table = struct.pack("<5I", *dims, 0, len(planes[0]), len(planes[1]))
     return sealed(start + table + planes[0] + planes[1])
 
@@ -151,7 +151,7 @@ WRONG: dict[str, Callable[[], bytes]] = {
         dims=(64, 64), planes=(ZEROS, ZEROS), modes=0b010101
     ),
     "joined planes of float16": lambda: sealed(
-        b"WA\1\1\3\2\x80\0" + encode(ZEROS, "float16", (2, 1024), FAST).tobytes()[8:]
+        b"WA\2\1\3\2\x80\0" + encode(ZEROS, "float16", (2, 1024), FAST).tobytes()[8:]
     ),
     "trailing bytes": lambda: sealed(fast_frame(dims=(1, 1), planes=(b"a", b"b"), modes=0) + b"!"),
 }
