@@ -353,6 +353,56 @@ GOLDEN = {
 }
 
 
+GOLDEN_INT8 = {
+    "float32": 0x7E505DF4BF018F4F,
+    "bfloat16": 0x30964A62A9CC8261,
+    "float16": 0xD224CE7F73894EC5,
+}
+GOLDEN_PROFILED = {
+    "float32": 0xFB6F89A0F44DADC5,
+    "bfloat16": 0x33826F6E6E33F7D1,
+    "float16": 0x5A403C9BE26ECD58,
+}
+GOLDEN_ROWS, GOLDEN_CHANNELS = 128, 100
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_int8s_wire_format_has_not_drifted(dtype: str) -> None:
+    """Whole numbers and scales of 1, so that nothing is rounded; one row is not finite."""
+    noise = (np.arange(GOLDEN_ROWS * GOLDEN_CHANNELS) * 2654435761 >> 9) % 255 - 127
+    whole = noise.reshape(-1, GOLDEN_CHANNELS).astype(np.float32)
+    whole[:, ::64] = 127  # the largest of each group: the scale is 1
+    whole[3, 70] = np.nan
+    bits = whole.view(np.uint32) >> 16 if dtype == "bfloat16" else whole.astype(dtype)
+    x = bits.astype(np.uint16) if dtype == "bfloat16" else bits
+    frame = encode(x, dtype, x.shape, INT8)
+    after = as_float(np.frombuffer(returned(frame), f"u{ITEM_BYTES[dtype]}"), dtype)
+    whole[3] = np.nan
+    assert np.array_equal(after.reshape(whole.shape), whole, equal_nan=True)
+    assert frame.nbytes > x.size, "no plane is coded, so zstd's own version plays no part"
+    assert xxh3_64_intdigest(frame.tobytes()) == GOLDEN_INT8[dtype]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_wire_format_of_a_profile_and_its_frames_has_not_drifted(dtype: str) -> None:
+    """Exponents that are their channel's base, so that no plane is coded."""
+    word = np.dtype(f"u{ITEM_BYTES[dtype]}")
+    channels = np.arange(GOLDEN_CHANNELS, dtype=word)
+    exponents = {"float32": 0x3E000000, "bfloat16": 0x3E00, "float16": 0x2C00}[dtype] + (
+        channels % 3 << {"float32": 23, "bfloat16": 7, "float16": 10}[dtype]
+    )
+    signs = np.arange(GOLDEN_ROWS * GOLDEN_CHANNELS, dtype=word) * 40503 >> 3 & 1
+    noise = signs.reshape(-1, GOLDEN_CHANNELS) << 8 * word.itemsize - 1
+    x = (noise | exponents).astype(word)
+    profile = Profile.learned(x, dtype, x.shape)
+    frame = encode(x, dtype, x.shape, FAST, profile)
+    assert frame.level == FAST
+    assert returned(frame, profile) == x.tobytes()
+    assert Profile.parsed(profile.tobytes(), 2**17) == profile
+    digest = xxh3_64_intdigest(profile.tobytes() + frame.tobytes())
+    assert digest == GOLDEN_PROFILED[dtype]
+
+
 @pytest.mark.parametrize(("dtype", "level"), GOLDEN)
 def test_wire_format_has_not_drifted(dtype: str, level: str) -> None:
     """Frames of version 2 by their digests; a new layout needs a new version number.

@@ -1,6 +1,7 @@
 """Frames and messages as bytes: what goes in comes out, and nothing else gets in."""
 
 import ast
+import itertools
 import random
 import struct
 import tracemalloc
@@ -362,6 +363,29 @@ def test_a_step_that_makes_no_sense_is_not_sent(step: Step) -> None:
 def test_an_admission_that_makes_no_sense_is_not_sent(admit: Admit) -> None:
     with pytest.raises(FrameError):
         step_frame(admits=(admit,)).encode(RUN)
+
+
+GOLDEN_STEP = {
+    "tags": "5757010101000200",
+    "run and frame": "083ce54e1b9165900900000000000000",
+    "epoch, shape and sizes": "0300000003000000080000007400000060000000",
+    "sum": "5e9bc1c12593bce4",
+    "check of these": "c69772f0",
+    "counts": "0300030002000100",
+    "spans": "0a00000000000000010000800b00000001000000010000000c0000000200000001000080",
+    "grants": "0a000000010000000a000000020000000b00000003000000",
+    "ended": "0400000005000000",
+    "admits": "0a000000ffffffffffffffff1100000000000000666666666666e63f666666666666ee3f28000000",
+}
+
+
+def test_the_wire_format_of_a_step_has_not_drifted() -> None:
+    """Byte for byte, version 1: a new layout needs a new version number."""
+    head = packed(step_frame())[: -4 * 8 * 3]
+    ends = itertools.accumulate((8, 16, 20, 8, 4, 8, 3 * 12, 3 * 8, 2 * 4, 40), initial=0)
+    parts = [head[start:end].hex() for start, end in itertools.pairwise(ends)]
+    assert dict(zip(GOLDEN_STEP, parts, strict=True)) == GOLDEN_STEP
+    assert len(head) == PREFIX_BYTES + 116
 
 
 LIES = {
