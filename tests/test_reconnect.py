@@ -23,6 +23,7 @@ from stages.tcp import Bundle
 from tests.linked import Net, Relay, hello_of, plan_in, step_packet, unexpected, wait_for
 
 ALONE = Bundle()
+BUNDLES = [ALONE, Bundle(4), Bundle(2, in_turns=True)]
 
 
 @dataclasses.dataclass
@@ -91,7 +92,7 @@ def send(outbox: Outbox, numbers: range, size: int = 20_000) -> None:
         outbox.put(step_packet(number, bytes(size)), timeout_s=10)
 
 
-@pytest.mark.parametrize("bundle", [ALONE, Bundle(4), Bundle(2, in_turns=True)])
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_every_frame_arrives_once_and_in_order_over_a_link_that_is_reset_again_and_again(
     join: Callable[..., Wire], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,11 +137,11 @@ def test_a_cut_of_a_second_is_a_pause(join: Callable[..., Wire]) -> None:
     assert wire.outbox.report().reconnects == 0
 
 
-@pytest.mark.parametrize("stripes", [1, 4])
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_connection_that_its_route_forgot_is_dialled_again(
-    join: Callable[..., Wire], stripes: int
+    join: Callable[..., Wire], bundle: Bundle
 ) -> None:
-    wire = join(patience_s=1.6, stripes=stripes)
+    wire = join(patience_s=1.6, bundle=bundle)
     wire.relay.hold()
     send(wire.outbox, range(1))
     assert wire.arrived(1) == [0]

@@ -8,9 +8,10 @@ import pytest
 from stages import turns
 from stages.errors import FrameError, LinkError
 from stages.frame import PREFIX_BYTES, Kind, Label, run_number, seal
+from stages.link_meter import TcpState
 from stages.tcp import BBR_BUNDLE, Bundle
 from stages.turns import LEARNING_S, TURN_S, Turns
-from tests.linked import RUN, Net, arrive, step_packet, wait_for
+from tests.linked import RUN, Net, arrive, step_packet
 
 BBR_PATIENCE_S = 10.0
 """For so long BBR trusts a least round trip."""
@@ -77,14 +78,6 @@ def test_a_turn_says_nothing_else() -> None:
         seal(Label(Kind.TURN, run_number(RUN), 1), b"", bytes(4))
 
 
-def test_what_either_end_sees_of_its_wire_is_that_of_the_one_that_carries(net: Net) -> None:
-    near, far = net.pair(bundle=BBR_BUNDLE)
-    for number in range(21):
-        near.send(step_packet(number, bytes(40_000)))
-        far.receive()
-    wait_for(lambda: near.tcp_state().bytes_per_s > 0)
-    alone = near.tcp_state()
-    near._sending.pass_on(0.0)
-    resting = near.tcp_state()
-    assert resting.bytes_per_s < alone.bytes_per_s
-    assert resting.segments_sent == alone.segments_sent
+def test_a_wire_is_seen_by_the_one_that_carries_and_counted_by_all() -> None:
+    states = TcpState(0.3, 0.2, 100, 1, 9e6), TcpState(0.25, 0.21, 50, 2, 1e7)
+    assert TcpState.together(states, turn=1) == TcpState(0.25, 0.2, 150, 3, 1e7)
