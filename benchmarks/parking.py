@@ -69,8 +69,9 @@ class Ring:
     def __init__(self, shard: Shard, shape: Shape, parked: float) -> None:
         self.shard, self.shape = shard, shape
         each = shape.blocks
+        blocks = SLOTS * shape.rows * each
         self.cache: KvCache = shard.new_cache(
-            SLOTS * shape.rows * each, BLOCK_TOKENS, parked=parked
+            blocks, BLOCK_TOKENS, frames=blocks - int(parked * blocks)
         )
         self._steps, self._frame = [], 0
         self._hidden = torch.randn(shape.rows, shard.facts.hidden)

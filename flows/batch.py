@@ -131,9 +131,8 @@ def start_stages(fleet: Fleet) -> None:
 def process(run: Run, fleet: Fleet, start: Start) -> None:
     """Lease rows to the heads, take answers back, commit them; the one long task."""
     names = RunNames(run.id, run.plan_id, EPOCH, run.activations)
-    clerk = Clerk(
-        run.job, run.model, names, max(ring.blocks * ring.block_tokens for ring in fleet.rings)
-    )
+    room = max(ring.shape().row_tokens for ring in fleet.rings)
+    clerk = Clerk(run.job, run.model, names, room)
     paces = paces_of(start.plan, start.measured, start.work)
     dealer = Dealer(fleet, paces, start.work)
     writer = ResultWriter(run.store, run.done)

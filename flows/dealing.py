@@ -112,8 +112,7 @@ class Dealer:
 
     def _room_tokens(self, number: int) -> int:
         """Tokens that a pipeline can hold of one row."""
-        ring = self._fleet.rings[number]
-        return ring.blocks * ring.block_tokens
+        return self._fleet.rings[number].shape().row_tokens
 
     def _fits(self, number: int, row: LeasedRow) -> bool:
         return len(row.token_ids) + row.max_new_tokens <= self._room_tokens(number)

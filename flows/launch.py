@@ -393,6 +393,7 @@ def _least(held: Sequence[Capacity]) -> Capacity:
     return Capacity(
         blocks=min(each.blocks for each in held),
         window_blocks=min(each.window_blocks for each in held),
+        row_blocks=min(each.row_blocks or each.blocks for each in held),
     )
 
 
@@ -400,8 +401,7 @@ def _holding(ring: Ring, capacity: Capacity) -> Ring:
     """The ring with as many KV blocks as there is room for."""
     if capacity.blocks < ring.blocks:
         log.warning("fewer KV blocks planned=%d held=%d", ring.blocks, capacity.blocks)
-    counts = {"blocks": capacity.blocks, "window_blocks": capacity.window_blocks}
-    return ring.model_copy(update=counts)
+    return ring.model_copy(update=capacity.model_dump())
 
 
 def _obituary(station: _Station, error: StageError) -> str:

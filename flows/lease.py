@@ -48,7 +48,7 @@ class Clerk:
         self._model = model
         self._names = names
         self._kv_tokens = min(kv_tokens, MAX_ROW_TOKENS)
-        """Of the pipeline that has room for most, and of a message to it."""
+        """Of one row, in the pipeline that has room for most, and in a message to it."""
 
     def lease(self, prompt: PromptRow) -> Lease | ResultRow | None:
         """The row as its head takes it; or its result at once, where nothing is to be computed.

@@ -73,7 +73,7 @@ def kv_blocks(rooms: Sequence[Room], window_tokens: int, wanted: Wanted) -> KvBl
     keep, or memory so short that one row's window would take more than all of the row does.
     """
     alike = min(room.layer_blocks / (room.whole + room.windowed) / room.resident for room in rooms)
-    same = KvBlocks(max(1, min(_most(wanted), int(alike))))
+    same = KvBlocks(max(1, min(_most(rooms, wanted), int(alike))))
     least = _blocks(Window(window_tokens, 0).most_tokens(wanted.step_tokens))
     some = any(room.windowed for room in rooms)
     if not some or not window_tokens or _blocks(wanted.context_tokens) <= least:
@@ -101,7 +101,7 @@ def _apart(rooms: Sequence[Room], window_tokens: int, wanted: Wanted, least: int
 
 def _whole(rooms: Sequence[Room], windowed: int, wanted: Wanted) -> int:
     """Blocks for layers that see everything, beside so many for the others; 0 if none fit."""
-    left = _most(wanted)
+    left = _most(rooms, wanted)
     for room in rooms:
         free = room.layer_blocks - room.windowed * windowed
         if free < 0:
@@ -120,9 +120,11 @@ def _beside(rooms: Sequence[Room], whole: int) -> int:
     )
 
 
-def _most(wanted: Wanted) -> int:
+def _most(rooms: Sequence[Room], wanted: Wanted) -> int:
+    """Blocks beyond which nobody gains: of one row, no stage may park any."""
     row = _blocks(wanted.prompt_tokens + wanted.output_tokens)
-    return max(wanted.rows * row, _blocks(wanted.context_tokens))
+    resident = min(room.resident for room in rooms)
+    return max(wanted.rows * row, math.ceil(_blocks(wanted.context_tokens) / resident))
 
 
 def _blocks(tokens: float) -> int:

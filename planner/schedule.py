@@ -84,6 +84,8 @@ class RingShape:
     """Slots that may ever be open, if more than `slots`."""
     window: Window | None = None
     """Of the layers that see a window, where those keep only that."""
+    row_blocks: int = 0
+    """KV blocks that one row may hold, where those are fewer: some stage parks the others."""
 
     def __post_init__(self) -> None:
         if min(self.slots, self.slot_rows, self.blocks, self.block_tokens) < 1:
@@ -111,10 +113,10 @@ class RingShape:
     def _least_windowed(self, window: Window) -> int:
         return self.blocks_for(window.most_tokens(self.step_tokens))
 
-    def holding(self, blocks: int, window_blocks: int) -> "RingShape":
+    def holding(self, blocks: int, window_blocks: int, row_blocks: int = 0) -> "RingShape":
         """The same ring with so many KV blocks; windowed ones only where it has some."""
         window = self.window and replace(self.window, blocks=window_blocks)
-        return replace(self, blocks=blocks, window=window)
+        return replace(self, blocks=blocks, window=window, row_blocks=row_blocks)
 
     def with_fewer_blocks(self) -> "RingShape | None":
         """The same ring with some KV blocks less, or None where it cannot do with less."""
@@ -127,6 +129,11 @@ class RingShape:
     def capacity(self) -> int:
         """Slots that there are, open or not."""
         return max(self.slots, self.most_slots)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that one row may come to: all of it must lie where layers are computed."""
+        return self.block_tokens * min(self.blocks, self.row_blocks or self.blocks)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens fills."""
@@ -218,7 +225,7 @@ class Ring:
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence that grows to `tokens` can ever be admitted."""
-        return self.shape.blocks_for(tokens) <= self.shape.blocks
+        return tokens <= self.shape.row_tokens
 
     def open(self, slots: int) -> None:
         """Have rows enter that many slots; in others those that are there stay until they end."""

@@ -52,7 +52,6 @@ class StageCompute:
 
     def __init__(self, shard: Shard, ring: RingShape, epoch: int, parked_kv: float = 0.0) -> None:
         self.shard = shard
-        self._parked_kv = parked_kv
         self.cache, self._ring = largest_cache(shard, ring, parked_kv)
         self._sampler = Sampler(shard.ferry)
         self._halving = Halving()
@@ -83,9 +82,12 @@ class StageCompute:
 
     def settle(self, ring: RingShape) -> None:
         """Hold no more than this ring's blocks, as another stage has no memory for more."""
-        if ring != self._ring:
+        if (ring.blocks, ring.window) != (self._ring.blocks, self._ring.window):
+            # What one row may hold was counted on.
+            frames = min(self.cache.frames, ring.blocks)
             del self.cache  # there may be no memory for both
-            self.cache, self._ring = new_cache(self.shard, ring, self._parked_kv), ring
+            self.cache = new_cache(self.shard, ring, frames)
+        self._ring = ring
 
     def begin(self, step: Step, ids: Tensor, admits: tuple[Admit, ...]) -> StepFrame | SampleFrame:
         """The head's part: embed token ids [step.tokens], then the layers."""

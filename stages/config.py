@@ -38,6 +38,8 @@ class Ring(_Strict):
     window_tokens: int = Field(default=0, ge=0)
     """Positions that windowed layers keep, and in how many blocks; 0: every layer keeps all."""
     window_blocks: int = Field(default=0, ge=0)
+    row_blocks: int = Field(default=0, ge=0)
+    """KV blocks that one row may hold, where some stage parks the others; 0: all."""
 
     def shape(self) -> RingShape:
         """The same, as the policy takes it."""

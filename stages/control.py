@@ -198,11 +198,14 @@ class Capacity(_Record):
     blocks: int = Field(ge=1, lt=2**63)
     window_blocks: Count = 0
     """Of the layers that keep only a window; 0 where none do."""
+    row_blocks: Count = 0
+    """That one row may hold, where others are parked; 0: all."""
 
     @classmethod
     def of(cls, ring: RingShape) -> Self:
         """What a ring of that shape holds."""
-        return cls(blocks=ring.blocks, window_blocks=ring.window.blocks if ring.window else 0)
+        windowed = ring.window.blocks if ring.window else 0
+        return cls(blocks=ring.blocks, window_blocks=windowed, row_blocks=ring.row_blocks)
 
 
 class Topology(_Message):

@@ -52,10 +52,10 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
         window: Window | None = None,
-        parked: float = 0.0,
+        frames: int | None = None,
     ) -> None:
         """
-        Empty pools; with `parked`, for that share of the blocks beside the device, windows aside.
+        Empty pools; with `frames`, only so many blocks lie on the device at once, windows aside.
 
         Raises:
             StreamError: there is no room to park in.
@@ -67,18 +67,20 @@ class KvCache:
         self._whole = BlockTables(block_tokens)
         self._near = BlockTables(block_tokens)
         self._windowed = {kv.layer for kv in layers if _keeps(window, kv)}
-        frames = blocks - int(parked * blocks)
-        self._pools = {kv.layer: self._pool(kv, frames, dtype) for kv in layers}
+        all_windowed = len(self._windowed) == len(layers)
+        self.frames = blocks if frames is None or all_windowed else frames
+        """Blocks, of layers that see everything, that lie on the device at once."""
+        self._pools = {kv.layer: self._pool(kv, dtype) for kv in layers}
         pools = [self._pools[kv.layer] for kv in layers if not self.is_windowed(kv.layer)]
         self.parking: Parking | None = None
-        if frames < blocks and pools:
-            self.parking = Parking(list(chain(*pools)), blocks, frames, block_tokens)
+        if self.frames < blocks:
+            self.parking = Parking(list(chain(*pools)), blocks, self.frames, block_tokens)
         self._applied: tuple[int, ...] = ()
         """Sequences of the step that was applied last, in the order of its spans."""
 
-    def _pool(self, kv: LayerKv, frames: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _pool(self, kv: LayerKv, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         windowed = self._window if self.is_windowed(kv.layer) else None
-        places = (windowed.blocks if windowed else frames) * self.block_tokens
+        places = (windowed.blocks if windowed else self.frames) * self.block_tokens
         return (
             torch.zeros(1, kv.kv_heads, places, kv.key_dim, dtype=dtype, device=self.device),
             torch.zeros(1, kv.kv_heads, places, kv.value_dim, dtype=dtype, device=self.device),

@@ -1,6 +1,7 @@
 """The keys and values that a stage really has memory for, once its weights are loaded."""
 
 import logging
+from dataclasses import replace
 
 import psutil
 import torch
@@ -22,13 +23,13 @@ def largest_cache(
 ) -> tuple[KvCache, RingShape]:
     """A cache for the ring asked for, or for as much of it as there is memory, and which ring it is.
 
-    `parked_kv` is the share of its blocks that lie beside the device. OutOfMemoryError where that is
-    not even the least that a ring must have.
+    `parked_kv` is the share of its blocks that lie beside the device; the ring then says what one
+    row may hold. OutOfMemoryError where that is not even the least that a ring must have.
     """
     ring = asked
     while True:
         try:
-            cache = new_cache(shard, ring, parked_kv)
+            cache = new_cache(shard, ring, ring.blocks - int(parked_kv * ring.blocks))
         except OutOfMemoryError:
             fewer = ring.with_fewer_blocks()
             if fewer is None:
@@ -37,16 +38,20 @@ def largest_cache(
         else:
             if ring != asked:
                 log.warning("fewer KV blocks asked=%d held=%d", asked.blocks, ring.blocks)
-            return cache, ring
+            parks = cache.frames < cache.blocks
+            return cache, replace(ring, row_blocks=cache.frames if parks else 0)
 
 
-def new_cache(shard: Shard, ring: RingShape, parked_kv: float = 0.0) -> KvCache:
-    """A cache for this ring; OutOfMemoryError if this node has no memory for it."""
+def new_cache(shard: Shard, ring: RingShape, frames: int) -> KvCache:
+    """A cache for this ring, of whose blocks so many lie on the device at once, windows aside.
+
+    OutOfMemoryError if this node has no memory for it.
+    """
     what = f"the keys and values of {ring.blocks * ring.block_tokens} tokens"
     if shard.facts.device.type == "cpu":
-        _require_free(_bytes(shard, ring, parked_kv), what)
+        _require_free(_bytes(shard, ring, frames), what)
     with memory_for(what):
-        return shard.new_cache(ring.blocks, ring.block_tokens, ring.window, parked_kv)
+        return shard.new_cache(ring.blocks, ring.block_tokens, ring.window, frames)
 
 
 def _require_free(wanted_bytes: int, what: str) -> None:
@@ -59,8 +64,7 @@ def _require_free(wanted_bytes: int, what: str) -> None:
         )
 
 
-def _bytes(shard: Shard, ring: RingShape, parked_kv: float) -> int:
+def _bytes(shard: Shard, ring: RingShape, frames: int) -> int:
     """What the pools of a ring's cache would take."""
     facts, nowhere = shard.facts, torch.device("meta")
-    blocks = ring.blocks - int(parked_kv * ring.blocks)
-    return KvCache(facts.kv, blocks, ring.block_tokens, facts.dtype, nowhere, ring.window).bytes
+    return KvCache(facts.kv, frames, ring.block_tokens, facts.dtype, nowhere, ring.window).bytes

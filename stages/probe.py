@@ -155,7 +155,7 @@ def _parked_kv_bytes_per_s(shard: Shard, spec: ProbeSpec) -> float:
     each = -(-(spec.context_tokens + 1) // BLOCK_TOKENS)
     rows, blocks = spec.decode_rows, PARKING_SLOTS * spec.decode_rows * each
     try:
-        cache = shard.new_cache(blocks, BLOCK_TOKENS, parked=1.0 - 2.0 / PARKING_SLOTS)
+        cache = shard.new_cache(blocks, BLOCK_TOKENS, frames=2 * blocks // PARKING_SLOTS)
     except StreamError:
         return 0.0
     assert cache.parking is not None, "there is a layer, and room for two slots of its blocks"

@@ -128,11 +128,15 @@ class Shard:
         return self.facts.end_layer == self.facts.model_layers
 
     def new_cache(
-        self, blocks: int, block_tokens: int, window: Window | None = None, parked: float = 0.0
+        self,
+        blocks: int,
+        block_tokens: int,
+        window: Window | None = None,
+        frames: int | None = None,
     ) -> KvCache:
         """An empty KV cache for this shard's layers; see KvCache."""
         facts = self.facts
-        return KvCache(facts.kv, blocks, block_tokens, facts.dtype, facts.device, window, parked)
+        return KvCache(facts.kv, blocks, block_tokens, facts.dtype, facts.device, window, frames)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:

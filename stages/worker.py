@@ -195,7 +195,8 @@ class Worker:
         if not isinstance(topology, Topology):
             raise ProtocolError(f"{type(topology).__name__} came before the plan's topology")
         held = topology.capacity
-        compute.settle(self._spec.ring.shape().holding(held.blocks, held.window_blocks))
+        asked = self._spec.ring.shape()
+        compute.settle(asked.holding(held.blocks, held.window_blocks, held.row_blocks))
         if len(self._spec.pipeline) == 1:
             return True
         places = {peer.name: (peer.host, peer.port) for peer in topology.peers}

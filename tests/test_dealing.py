@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,22 @@ def test_a_row_goes_to_a_pipeline_that_can_hold_it(tmp_path: Path) -> None:
     found, _ = dealt(tmp_path, rows, plan_beside(4, 1, 1), rings, paces)
     assert len(found) == len(rows)
     assert {found[i].pipeline for i, tokens in enumerate(lengths) if tokens == 200} == {1}
+    assert 0 in {told.pipeline for told in found.values()}
+
+
+def test_a_row_goes_to_a_pipeline_that_can_seat_all_of_it_at_once(tmp_path: Path) -> None:
+    """The first has 40 blocks, of which 24 are parked: a row of 17 is the second's."""
+    write_random_model(tmp_path, "llama", seed=2)
+    lengths = [10 if i % 3 else 264 for i in range(12)]
+    rows = [row(i, [i % 256] * tokens, 6) for i, tokens in enumerate(lengths)]
+    plan = plan_beside(4, 1, 1)
+    parks, keeps = plan.pipelines
+    parks = replace(parks, stages=tuple(replace(s, kv_offloaded=1.0) for s in parks.stages))
+    paces = [Pace(0.1, 0.1, 1.0, 10), Pace(1.0, 1.0, 1.0, 4)]
+    rings = [ring_settings(5, 2, row_tokens=64), ring_settings(1, 4)]
+    found, _ = dealt(tmp_path, rows, replace(plan, pipelines=(parks, keeps)), rings, paces)
+    assert {told.answer.error_type for told in found.values()} == {None}
+    assert {found[i].pipeline for i, tokens in enumerate(lengths) if tokens == 264} == {1}
     assert 0 in {told.pipeline for told in found.values()}
 
 

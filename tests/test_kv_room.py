@@ -69,4 +69,4 @@ def test_memory_that_the_system_only_promises_is_not_counted_on(tmp_path: Path) 
     shard = Shard.load(ShardSpec(tmp_path, 0, LAYERS, "float32"))
     asked = RingShape(slots=1, slot_rows=4, blocks=2**36, block_tokens=16, step_tokens=256)
     with pytest.raises(OutOfMemoryError, match="GB free"):
-        new_cache(shard, asked)
+        new_cache(shard, asked, asked.blocks)

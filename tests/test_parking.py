@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from planner.plan import Plan
-from planner.schedule import Grant, RingShape, Span, Step
+from planner.schedule import Grant, Ring, RingShape, Span, Step
 from stages.compute import StageCompute
-from stages.config import Ring, StageSpec
-from stages.control import LeasedRow
+from stages.config import Ring as RingSettings
+from stages.config import StageSpec
+from stages.control import Capacity, LeasedRow
 from stages.errors import KvRoomError
 from stages.halving import Halving
 from stages.kv_cache import KvCache, LayerKv
 from stages.parking import Parking
+from stages.shard import Shard, ShardSpec
 from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, windowed_settings
 from tests.test_devices import DEVICES
@@ -36,7 +38,7 @@ def parked(stages: int) -> Plan:
 
 
 def said(
-    folder: Path, rows: list[LeasedRow], plan: Plan, ring: Ring, limit: int = 10**6
+    folder: Path, rows: list[LeasedRow], plan: Plan, ring: RingSettings, limit: int = 10**6
 ) -> tuple[dict[int, tuple[int, ...]], list[Parking], int]:
     """What each row says, what the stages parked, and how many positions were computed twice."""
     stages: list[StageCompute] = []
@@ -99,7 +101,7 @@ def test_micro_batches_that_come_and_go_change_no_token_of_a_stage_that_parks(
     prompts = ragged_prompts(32, vocab=256, longest=150)
     calm = generate(pipeline, shape, prompts, new_tokens=20)
     pipeline.caches = [
-        shard.new_cache(shape.blocks, shape.block_tokens, parked=0.6) for shard in pipeline.shards
+        shard.new_cache(shape.blocks, shape.block_tokens, frames=48) for shard in pipeline.shards
     ]
     found = generate(
         pipeline, shape, prompts, new_tokens=20, pace=lambda ring: ring.open(dice.randint(1, 9))
@@ -112,7 +114,9 @@ def test_micro_batches_that_come_and_go_change_no_token_of_a_stage_that_parks(
 def filled(device: str, slots: int, share: float) -> tuple[KvCache, dict[int, Tensor]]:
     """A cache in which each slot's sequence has written four blocks; and what it wrote."""
     kv = LayerKv(layer=3, kv_heads=2, key_dim=8, value_dim=8)
-    cache = KvCache((kv,), 5 * slots, 16, torch.float32, torch.device(device), parked=share)
+    blocks = 5 * slots
+    frames = blocks - int(share * blocks)
+    cache = KvCache((kv,), blocks, 16, torch.float32, torch.device(device), frames=frames)
     written = {}
     for slot in range(slots):
         span = Span(slot, 0, 64, samples=False)
@@ -171,6 +175,21 @@ def test_a_step_that_sees_more_than_fits_at_once_is_computed_in_parts() -> None:
         cache.apply(whole)
         assert halving.run(whole, torch.zeros(4, 8), compute) == [2, 2]
     assert halving.limit_tokens is None, "a smaller step would not have helped"
+
+
+def test_one_row_may_hold_what_the_tightest_stage_has_room_for_at_once(tmp_path: Path) -> None:
+    """A row of 17 blocks is for nobody who seats 16, and stages say so before they meet it."""
+    write_random_model(tmp_path, "llama", seed=5)
+    shard = Shard.load(ShardSpec(tmp_path, 0, LAYERS, "float32"))
+    asked = RingShape(slots=5, slot_rows=2, blocks=40, block_tokens=16, step_tokens=256)
+    parking = StageCompute(shard, asked, epoch=1, parked_kv=0.6)
+    assert Capacity.of(parking.ring) == Capacity(blocks=40, row_blocks=16)
+    ring = parking.ring
+    assert Ring(ring).fits(256) and not Ring(ring).fits(257)
+    # Another stage has fewer blocks; this one seats as many of them as it said.
+    parking.settle(asked.holding(30, 0, 16))
+    assert (parking.cache.blocks, parking.cache.frames) == (30, 16)
+    assert parking.ring.row_tokens == 256
 
 
 def test_a_row_that_never_fits_is_named() -> None:

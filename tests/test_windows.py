@@ -110,6 +110,12 @@ def test_a_context_that_a_window_holds_is_kept_like_any_other() -> None:
     assert kv_blocks([Room(1e4, 1, 5)], 40, replace(wanted, context_tokens=16 * LEAST + 1)).windowed
 
 
+def test_a_row_that_fills_the_context_finds_room_at_once_beside_what_is_parked() -> None:
+    resident = 0.4
+    found = kv_blocks([Room(50.0, 1, 0, resident)], 0, Wanted(1, 10, 10, 640, STEP_TOKENS))
+    assert resident * found.whole >= 640 / BLOCK_TOKENS
+
+
 def test_a_plan_counts_windowed_layers_for_what_they_keep() -> None:
     shape = ModelShape(6, 8, 100, 2.0, 2, 100, 100, 100)
     work = Workload(9, Lengths(3000, 3000), Lengths(1000, 1000), shared_prefix_fraction=0.5)
