@@ -152,7 +152,7 @@ def process(run: Run, fleet: Fleet, start: Start) -> None:
 
 def ended_rows(run: Run, clerk: Clerk, dealer: Dealer) -> Iterator[ResultRow | None]:
     """Every row's end as it comes; None after each look for answers."""
-    intake = Intake(Waiting(run.prompts(), run.done.pending), clerk)
+    intake = Intake(Waiting(run.prompts(), run.done.pending, run.job.sampling), clerk)
     while intake or dealer.rows:
         dealer.fill(intake)
         ended = intake.take_ended()

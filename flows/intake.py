@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 from flows.dealing import Told
+from flows.job import Sampling
 from flows.lease import Clerk, Lease
 from flows.twins import Twins
+from planner.schedule import most_rounds
 from stages.control import LeasedRow
 from storage.prompts import PromptRow
 from storage.results import ResultRow
@@ -15,19 +17,22 @@ WINDOW_ROWS = 4096
 """Rows that are put in order at once."""
 BREATH_ROWS = 1024
 """Rows that end without a pipeline, before what has ended is taken away."""
+TOKEN_CHARACTERS = 4
+"""Of a prompt that is not encoded yet, for its place in the order."""
 
 
 class Waiting:
-    """Prompt rows, window by window: longest first, with its prefix's others right behind it.
+    """Prompt rows, window by window: longest expected first, its prefix's others right behind it.
 
     A pipeline keeps to one prefix while it has rows, and takes up one that nobody is at next, so that
     a beginning is computed by few pipelines. Mutable; owned by the driver's thread.
     """
 
-    def __init__(self, rows: Iterator[PromptRow], count: int) -> None:
-        """`count` of them will come."""
+    def __init__(self, rows: Iterator[PromptRow], count: int, sampling: Sampling) -> None:
+        """`count` of them will come; `sampling` is the job's, over which a row may have its own."""
         self._rows = rows
         self._left = count
+        self._sampling = sampling
         self._ended = False
         self._groups: dict[str, deque[PromptRow]] = {}
         """Of the window, by prefix, in order; none is empty."""
@@ -58,11 +63,14 @@ class Waiting:
         return next(free, None) or max(self._groups, key=lambda prefix: len(self._groups[prefix]))
 
     def _read_window(self) -> bool:
-        window = sorted(islice(self._rows, WINDOW_ROWS), key=lambda row: -row.length)
+        window = sorted(islice(self._rows, WINDOW_ROWS), key=self._rounds, reverse=True)
         for row in window:
             self._groups.setdefault(row.prefix_hash, deque()).append(row)
         self._ended = not window
         return not self._ended
+
+    def _rounds(self, row: PromptRow) -> float:
+        return most_rounds(row.length / TOKEN_CHARACTERS, self._sampling.quota(row.sampling))
 
 
 class Intake:

@@ -1,5 +1,6 @@
 """What a user submits: one job, as YAML or JSON, checked whole before anything starts."""
 
+from collections.abc import Mapping
 from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -89,6 +90,11 @@ class Sampling(_Strict):
         Field(max_length=16),
     ] = ()
     seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
+
+    def quota(self, own: Mapping[str, object]) -> int:
+        """Tokens that a row with such settings of its own may make; what is no number says nothing."""
+        asked = own.get("max_new_tokens")
+        return max(0, int(asked)) if isinstance(asked, int | float) else self.max_new_tokens
 
 
 class Job(_Strict):

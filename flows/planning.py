@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from flows.errors import JobError
-from flows.job import Job, Sampling
+from flows.job import Job
 from flows.layout import Layout
 from flows.measure import Measured
 from flows.model import ModelFolder
@@ -45,9 +45,7 @@ def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolde
         room = model.context_tokens - len(ids)
         prompts.append(len(ids))
         units.update(marks(ids))
-        asked = row.sampling.get("max_new_tokens", job.sampling.max_new_tokens)
-        quota = int(asked) if isinstance(asked, int | float) else Sampling().max_new_tokens
-        outputs.append(min(max(0, quota), room))
+        outputs.append(min(job.sampling.quota(row.sampling), room))
     repeated = SHARE_TOKENS * (units.total() - len(units))
     shared = repeated / sum(prompts) if prompts else 0.0
     return Workload(rows, _lengths(prompts), _lengths(outputs), shared_prefix_fraction=shared)

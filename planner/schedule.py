@@ -432,6 +432,11 @@ class Ring:
         return self._holdings.computes(span.sequence, span.start, end, self._next_frame)
 
 
+def most_rounds(prompt_tokens: float, new_tokens: float) -> float:
+    """Ways round the ring that a row may take: one for each chunk of its prompt, and each token."""
+    return prompt_tokens / CHUNK_TOKENS + new_tokens
+
+
 def holdings_of(shape: RingShape) -> Holdings:
     """An empty ledger of the blocks that a ring of this shape has."""
     if shape.window is None:

@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.intake import WINDOW_ROWS, Waiting
+from flows.intake import TOKEN_CHARACTERS, WINDOW_ROWS, Waiting
+from flows.job import Sampling
+from planner.schedule import CHUNK_TOKENS
 from storage.prompts import PromptRow
 
 
@@ -16,7 +19,7 @@ def asking(row_id: int, length: int, prefix: str) -> PromptRow:
 
 def waiting(*rows: tuple[int, str]) -> Waiting:
     asked = [asking(n, length, prefix) for n, (length, prefix) in enumerate(rows)]
-    return Waiting(iter(asked), len(asked))
+    return Waiting(iter(asked), len(asked), Sampling())
 
 
 def drained(rows: Waiting, pipelines: list[int]) -> list[PromptRow]:
@@ -31,6 +34,18 @@ def drained(rows: Waiting, pipelines: list[int]) -> list[PromptRow]:
 def test_rows_go_longest_first_with_their_prefix_behind_them() -> None:
     rows = waiting((3, "a"), (9, "b"), (5, "c"), (7, "a"))
     assert [row.length for row in drained(rows, [0])] == [9, 7, 3, 5]
+
+
+def test_rows_that_may_say_more_go_first_and_a_chunk_of_prompt_counts_as_a_token() -> None:
+    chunk = TOKEN_CHARACTERS * CHUNK_TOKENS
+    asked = [
+        asking(0, 10 * chunk, "a"),
+        replace(asking(1, 10, "b"), sampling={"max_new_tokens": 90}),
+        replace(asking(2, 5 * chunk, "c"), sampling={"max_new_tokens": 80}),
+        replace(asking(3, 10, "d"), sampling={"max_new_tokens": 5}),
+    ]
+    rows = Waiting(iter(asked), len(asked), Sampling(max_new_tokens=64))
+    assert [row.row_id for row in drained(rows, [0])] == [1, 2, 0, 3]
 
 
 def test_a_beginning_stays_with_one_pipeline_until_only_others_rows_are_left() -> None:
@@ -59,7 +74,7 @@ def test_no_more_rows_are_held_than_are_put_in_order_at_once() -> None:
             read["rows"] += 1
             yield asking(n, 1 + n % 7, str(n % 3))
 
-    rows = Waiting(rows_read(), 3 * WINDOW_ROWS)
+    rows = Waiting(rows_read(), 3 * WINDOW_ROWS, Sampling())
     for n in range(WINDOW_ROWS):
         assert rows.take(n % 2) is not None
     assert read["rows"] == WINDOW_ROWS
