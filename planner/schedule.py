@@ -79,7 +79,7 @@ class RingShape:
     """KV blocks that every stage of the pipeline holds."""
     block_tokens: int
     step_tokens: int
-    """Positions that one step may compute, decodes and prefill chunks together."""
+    """Positions that one step may compute at most, decodes and prefill chunks together."""
     most_slots: int = 0
     """Slots that may ever be open, if more than `slots`."""
     window: Window | None = None
@@ -155,6 +155,11 @@ class _Sequence:
     computed: int = 0
     """Positions whose keys and values are cached, or will be when the step in flight is back."""
 
+    @property
+    def prompt_left(self) -> int:
+        """Tokens that it came with and that no step has computed yet."""
+        return max(0, self.entered - self.computed)
+
 
 @dataclass(slots=True)
 class _Slot:
@@ -203,6 +208,8 @@ class Ring:
         self._queue: list[tuple[int, int]] = []
         self._holdings = holdings_of(shape)
         self._growth = _Growth()
+        self._prompts_left = 0
+        """Tokens of their prompts that sequences in slots have still to compute."""
         self._preempted: list[int] = []
         self._next_slot = 0
         self._next_frame = 0
@@ -314,13 +321,14 @@ class Ring:
         self._forget(number)
 
     def _forget(self, number: int) -> None:
-        del self._sequences[number]
+        self._prompts_left -= self._sequences.pop(number).prompt_left
         next(slot for slot in self._slots if number in slot.sequences).sequences.remove(number)
         self._ended.append(number)
 
     def _fill(self, number: int, slot: _Slot) -> Step | None:
-        spans, grants = self._go_on(slot)
-        budget = self.shape.step_tokens - sum(span.tokens for span in spans)
+        budget = self._budget(number)
+        spans, grants = self._go_on(slot, budget)
+        budget -= sum(span.tokens for span in spans)
         blocks = sum(len(grant.blocks) for grant in grants)
         while self._queue and len(slot.sequences) < self._target_rows(number):
             blocks += self._wanted_blocks()
@@ -338,6 +346,21 @@ class Ring:
         slot.step = Step(self._next_frame, number, tuple(spans), tuple(grants), ended)
         self._next_frame += 1
         return slot.step
+
+    def _budget(self, slot_number: int) -> int:
+        """Positions that a slot's next step may compute: its rows' decodes, and of the prompts that all
+        slots are at, and those that this one has places for, an even share in whole chunks.
+
+        So steps are alike, and no stage waits for a fat one; a ring of one slot has no other to wait.
+        """
+        if self._open == 1:
+            return self.shape.step_tokens
+        left = self._prompts_left
+        if self._queue:
+            places = self._target_rows(slot_number) - len(self._slots[slot_number].sequences)
+            left += min(self.queued, max(0, places)) * self._sequences[self._queue[0][1]].known
+        chunks = max(1, left // (self._open * CHUNK_TOKENS))
+        return min(self.shape.step_tokens, self.shape.slot_rows + chunks * CHUNK_TOKENS)
 
     def _target_rows(self, slot_number: int) -> int:
         """Rows a slot should hold: few rows spread evenly, so no stage waits for a fat slot."""
@@ -357,13 +380,12 @@ class Ring:
         kinds = 1 if self.shape.window is None else 2
         return kinds * self.shape.blocks_for(self._growth.expected(sequence))
 
-    def _go_on(self, slot: _Slot) -> tuple[list[Span], list[Grant]]:
+    def _go_on(self, slot: _Slot, budget: int) -> tuple[list[Span], list[Grant]]:
         """Spans of the rows already in the slot: decodes first, then prompts, within the budget;
         and the blocks that some of them need beyond what was expected."""
         spans: list[Span] = []
         grants: list[Grant] = []
         planned: set[int] = set()
-        budget = self.shape.step_tokens
         for number in sorted(slot.sequences, key=self._decodes_first):
             if number not in self._sequences:
                 continue  # it has made way for one before it
@@ -422,13 +444,16 @@ class Ring:
             return None
         heappop(self._queue)
         slot.sequences.append(number)
+        self._prompts_left += sequence.prompt_left
         self._compute(span)
         return span
 
     def _compute(self, span: Span) -> tuple[int, ...]:
         """The next frame computes the span; the windowed blocks that are added for it."""
-        end = span.start + span.tokens
-        self._sequences[span.sequence].computed = end
+        end, sequence = span.start + span.tokens, self._sequences[span.sequence]
+        self._prompts_left -= sequence.prompt_left
+        sequence.computed = end
+        self._prompts_left += sequence.prompt_left
         return self._holdings.computes(span.sequence, span.start, end, self._next_frame)
 
 

@@ -1,5 +1,7 @@
 """The ring's policy, run without a model: counts go in, steps come out."""
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,6 +83,53 @@ def test_a_prompt_is_cut_only_at_fixed_positions(lengths: list[tuple[int, int]])
         assert step.tokens <= SHAPE.step_tokens
         for span in step.spans:
             assert span.samples or (span.start + span.tokens) % CHUNK_TOKENS == 0
+
+
+def busy(shape: RingShape, lengths: list[tuple[int, int]], stages: int) -> float:
+    """The share of its time, in the middle half of all steps, that the last of equal stages computes.
+
+    A step of n tokens takes each of them 15 + n; ways between them take nothing.
+    """
+    ring, quotas = ring_of(shape, lengths)
+    free = [0] * stages
+    flying: list[tuple[int, Step]] = []
+    times: list[tuple[int, int]] = []
+    while ring.live or ring.queued:
+        step = None if flying and flying[0][0] <= free[0] else ring.next_step()
+        if step is None:
+            at, back = flying.pop(0)
+            free[0] = max(free[0], at)
+            for span in back.spans:
+                quotas[span.sequence] -= span.samples
+            ring.returned(back.slot, [s.sequence for s in back.spans if not quotas[s.sequence]])
+            continue
+        takes, end = 15 + step.tokens, 0
+        for stage in range(stages):
+            end = free[stage] = max(free[stage], end) + takes
+        times.append((end - takes, end))
+        flying.append((end, step))
+    middle = times[len(times) // 4 : -len(times) // 4]
+    return sum(end - start for start, end in middle) / (middle[-1][1] - middle[0][0])
+
+
+def test_prompts_of_all_lengths_make_no_step_so_fat_that_stages_wait() -> None:
+    dice = random.Random(1)
+    lengths = [(dice.randint(16, 400), dice.choice((24, 48, 96))) for _ in range(900)]
+    shape = RingShape(12, 32, blocks=10**5, block_tokens=16, step_tokens=32 + 2 * CHUNK_TOKENS)
+    assert busy(shape, lengths, stages=8) > 0.95
+
+
+def test_steps_have_all_their_chunks_while_prompts_wait_in_every_slot() -> None:
+    shape = RingShape(4, 8, blocks=10**5, block_tokens=16, step_tokens=8 + 3 * CHUNK_TOKENS)
+    ring, quotas = ring_of(shape, [(4000, 2)] * 60)
+    steps = drain(ring, quotas, depth=4)[40:-40]
+    assert sum(step.tokens for step in steps) > 0.9 * shape.step_tokens * len(steps)
+
+
+def test_a_ring_of_one_slot_fills_its_steps() -> None:
+    shape = RingShape(1, 8, blocks=10**5, block_tokens=16, step_tokens=8 + 3 * CHUNK_TOKENS)
+    step = ring_of(shape, [(90, 9)] * 8)[0].next_step()
+    assert step is not None and step.tokens == 4 * 90
 
 
 def test_few_rows_spread_over_the_slots() -> None:
