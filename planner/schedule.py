@@ -410,8 +410,9 @@ class Ring:
     def _make_room(self, number: int, tokens: int, planned: set[int]) -> tuple[int, ...] | None:
         """Blocks for a sequence that outgrows its own, the newest sequences making way for it.
 
-        One in flight or planned for this step is left alone; None if the sequence is itself the
-        newest of all others, and so has made way. The oldest of all therefore always gets on.
+        One in flight or planned for this step is left alone: None if only such are newer, and the
+        sequence waits for a round; or if it is itself the newest, and has made way. The oldest of all
+        therefore never does, and gets on.
         """
         while True:
             added = self._holdings.extend(number, tokens)
@@ -419,10 +420,16 @@ class Ring:
                 return added
             waiting = chain.from_iterable(s.sequences for s in self._slots if s.step is None)
             newest = max(each for each in waiting if each not in planned)
+            if newest == number and self._newest() > number:
+                return None
             self._preempted.append(newest)
             self._leave(newest)
             if newest == number:
                 return None
+
+    def _newest(self) -> int:
+        """The sequence in a slot that came last."""
+        return max(chain.from_iterable(slot.sequences for slot in self._slots))
 
     def _admit(self, slot: _Slot, budget: int) -> Span | None:
         """Move the queue's first row into the slot, if the budget and the KV blocks allow it.

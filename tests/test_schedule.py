@@ -1,7 +1,9 @@
 """The ring's policy, run without a model: counts go in, steps come out."""
 
 import random
+from itertools import count, cycle
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,6 +184,53 @@ def test_a_row_that_waits_for_memory_is_not_overtaken() -> None:
     ring.returned(0, [])
     following = ring.next_step()
     assert following is not None and [s.sequence for s in following.spans] == [0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.sampled_from((8, 120))), min_size=9, max_size=40),
+    st.lists(st.booleans(), min_size=1, max_size=9),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_oldest_row_never_makes_way_and_all_come_to_their_end(
+    lengths: list[tuple[int, int]], returns: list[bool]
+) -> None:
+    """Rows may make 120 tokens, and the first that end make few: more enter than there is room for."""
+    shape = RingShape(3, 2, blocks=14, block_tokens=16, step_tokens=130 + CHUNK_TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planner.schedule.LEARNED_ROWS", 2)
+        ring, numbers, live = Ring(shape), count(), set[int]()
+        left: dict[int, tuple[int, int, int]] = {}
+
+        def enter(known: int, limit: int, end: int) -> None:
+            number = next(numbers)
+            left[number] = (known, limit, end)
+            ring.enqueue(number, known, limit)
+
+        for prompt, quota in lengths:
+            enter(prompt, prompt + 120, prompt + quota)
+        flying: list[Step] = []
+        turns = cycle(returns)
+        while left:
+            step = ring.next_step()
+            for number in ring.take_preempted():
+                assert number > min(live), "the oldest made way"
+                live.discard(number)
+                enter(*left.pop(number))
+            if step is not None:
+                live.update(span.sequence for span in step.spans)
+                flying.append(step)
+            if step is None or next(turns):
+                back = flying.pop(0)
+                for span in back.spans:
+                    if span.sequence in left and span.samples:
+                        known, limit, end = left[span.sequence]
+                        left[span.sequence] = (known + 1, limit, end)
+                back_now = {span.sequence for span in back.spans} & left.keys()
+                ended = [number for number in back_now if left[number][0] == left[number][2]]
+                ring.returned(back.slot, ended)
+                live.difference_update(ended)
+                for number in ended:
+                    del left[number]
 
 
 def test_a_long_prompt_waits_for_no_one_and_stops_no_decode() -> None:
