@@ -53,26 +53,32 @@ class Holdings:
             return rows
         return min(rows, self.windows.unreserved_blocks // self.windows.wanted(tokens, prompt))
 
-    def enter(self, number: int, tokens: int, prompt: int, marks: tuple[int, ...]) -> int | None:
-        """Give a sequence room for so many tokens, `prompt` of them known: the tokens of it that
-        are cached already.
-
-        None, and nothing is given, if too few blocks are free.
-        """
+    def cached(self, marks: tuple[int, ...]) -> int:
+        """The leading tokens of a sequence with these marks that others have computed."""
         units = self._prefixes.known(marks)
         if self.windows is not None:
             units = self.windows.usable(marks[:units])
-            if not self.windows.enter(number, tokens, prompt, marks, units):
-                return None
+        return units * SHARE_TOKENS
+
+    def enter(self, number: int, tokens: int, prompt: int, marks: tuple[int, ...]) -> bool:
+        """Give a sequence room for so many tokens, `prompt` of them known, and what is cached of it.
+
+        False, and nothing is given, if too few blocks are free.
+        """
+        units = self.cached(marks) // SHARE_TOKENS
+        if self.windows is not None and not self.windows.enter(
+            number, tokens, prompt, marks, units
+        ):
+            return False
         blocks = tuple(chain.from_iterable(self._prefixes.hold(marks[:units])))
         own = self._prefixes.take(max(0, self.blocks_for(tokens) - len(blocks)))
         if own is None:
             self._prefixes.release(marks[:units])
             if self.windows is not None:
                 self.windows.leave(number)
-            return None
+            return False
         self._of[number] = _Holding(marks, blocks + own, set(range(units)))
-        return units * SHARE_TOKENS
+        return True
 
     def blocks(self, number: int) -> tuple[int, ...]:
         """A sequence's blocks, in the order of its positions; behind them its windowed ones."""

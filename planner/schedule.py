@@ -440,13 +440,10 @@ class Ring:
         number = self._queue[0][1]
         sequence = self._sequences[number]
         room = self._growth.expected(sequence)
-        computed = self._holdings.enter(number, room, sequence.known, sequence.marks)
-        if computed is None:
-            return None
-        sequence.computed = computed
+        # Whoever enters may take the room of beginnings that nobody uses, so it must have a span.
+        sequence.computed = self._holdings.cached(sequence.marks)
         span = _span(number, sequence, budget)
-        if span is None:
-            self._holdings.leave(number)
+        if span is None or not self._holdings.enter(number, room, sequence.known, sequence.marks):
             sequence.computed = 0
             return None
         heappop(self._queue)

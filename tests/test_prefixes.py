@@ -230,12 +230,13 @@ def test_a_beginning_is_shared_while_the_window_before_its_end_is_kept() -> None
     holdings = holdings_of(windowed(40))
     numbers = count()
 
-    def cached(ids: list[int]) -> int | None:
+    def cached(ids: list[int]) -> int:
         """Of a row that comes, is computed and leaves: tokens that it found."""
         number = next(numbers)
-        found = holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
+        found = holdings.cached(marks(ids))
+        assert holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
         for start, end in ((0, CHUNK_TOKENS), (CHUNK_TOKENS, len(ids))):
-            if found is not None and end > found:
+            if end > found:
                 holdings.computes(number, max(start, found), end, frame=number)
         holdings.leave(number)
         return found
@@ -252,9 +253,10 @@ def test_who_builds_on_a_window_that_was_lost_leaves_though_the_rest_was_there_b
     holdings = holdings_of(windowed(40, spare_blocks=13))
     template = list(range(200))
 
-    def enters(number: int, ids: list[int], frame: int) -> int | None:
-        found = holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
-        for start in range(found or 0, len(ids), CHUNK_TOKENS):
+    def enters(number: int, ids: list[int], frame: int) -> int:
+        found = holdings.cached(marks(ids))
+        assert holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
+        for start in range(found, len(ids), CHUNK_TOKENS):
             holdings.computes(number, start, min(start + CHUNK_TOKENS, len(ids)), frame)
         return found
 
@@ -268,6 +270,24 @@ def test_who_builds_on_a_window_that_was_lost_leaves_though_the_rest_was_there_b
     assert enters(4, template, frame=4) == 192
     assert holdings.lose(3, [3]) == {3, 4}
     assert enters(5, template, frame=5) == 0
+
+
+def test_a_row_that_a_step_has_no_room_for_takes_no_beginning_from_others() -> None:
+    """The second of two long rows must wait for a step; only the first takes idle blocks."""
+    ring = Ring(RingShape(1, 8, blocks=22, block_tokens=16, step_tokens=8 + CHUNK_TOKENS))
+    beginning = list(range(70))
+    ring.enqueue(0, 70, 71, marks(beginning))
+    assert ring.next_step() is not None
+    ring.returned(0, [0])
+    ring.enqueue(1, 100, 160)
+    ring.enqueue(2, 140, 159)
+    step = ring.next_step()
+    assert step is not None and [span.sequence for span in step.spans] == [1]
+    ring.returned(0, [1])
+    ring.withdraw(1, {2})
+    ring.enqueue(3, 70, 71, marks(beginning))
+    step = ring.next_step()
+    assert step is not None and [span.start for span in step.spans] == [64]
 
 
 def test_more_rows_fit_where_they_share() -> None:
