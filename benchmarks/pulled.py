@@ -201,7 +201,7 @@ def forecast_s(lines: Sequence[Line]) -> float:
     """What the simulator expects the pulled job to take."""
     plan = plan_of(lines)
     cluster, model, work = facts_of(lines, plan)
-    rows = [Row(1, row.max_new_tokens) for row in rows_of()]
+    rows = [Row(1, each, quota=each) for each in (row.max_new_tokens for row in rows_of())]
     return simulate(plan, cluster, model, work, rows=rows).finish_s
 
 

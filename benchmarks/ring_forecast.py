@@ -31,7 +31,7 @@ def forecast_tokens_per_s(lap: Lap) -> float:
         Cluster(nodes, default_link=wire),
         model,
         Workload(len(lap.quotas), Lengths(1.0, 1.0), outputs),
-        rows=[Row(1, quota) for quota in lap.quotas],
+        rows=[Row(1, quota, quota=quota) for quota in lap.quotas],
     )
     return ran.tokens_per_s
 

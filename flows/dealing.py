@@ -13,13 +13,11 @@ from typing import Protocol
 from flows.errors import RunError
 from flows.launch import Fleet
 from planner.facts import Workload
-from planner.leases import Desk, Move, Pace, long_row_tokens
+from planner.leases import AHEAD_S, Desk, Move, Pace, long_row_tokens
 from stages.control import MAX_RECALLED, Answer, LeasedRow
 
 log = logging.getLogger(__name__)
 
-AHEAD_S = 0.5
-"""For so long a head has rows to begin while the driver commits others, say."""
 MOST_ASIDE = 64
 """Rows that wait for a pipeline with room for ones so long; whoever meets more must wait too."""
 

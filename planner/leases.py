@@ -25,6 +25,8 @@ POLICIES: tuple[Policy, ...] = ("worthwhile", "first-free", "ws-rr")
 
 LONG_ROW = 1.25
 """A long row's rounds, in 95th percentiles: rounds beside prompts take longer than the plan's mean."""
+AHEAD_S = 0.5
+"""For so long a pipeline has rows to begin while whoever leases them out is busy with others."""
 SEEN_ROWS = 8
 """Rows that must have ended before their times count for those to come."""
 FORGETS = 1 / 64

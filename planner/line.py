@@ -1,5 +1,6 @@
 """One imagined pipeline: its ring, the way that its frames go, and the rows that it holds."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,11 @@ class Line:
             self.ring.returned(step.slot, done)
             ended.extend((at_s, flights.pop(sequence)) for sequence in done)
         return ended
+
+    def give_back(self, rows: int) -> list[Flight]:
+        """Up to so many rows that it has not begun, for another pipeline."""
+        unbegun = {n for n, flight in self.flights.items() if math.isnan(flight.first_s)}
+        return [self.flights.pop(number) for number in self.ring.withdraw(rows, unbegun)]
 
     def give_up(self) -> list[Flight]:
         """The rows that it held, to be prefilled elsewhere with what they have made so far."""

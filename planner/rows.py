@@ -16,6 +16,8 @@ class Row:
     prompt_tokens: int
     output_tokens: int
     arrives_s: float = 0.0
+    quota: int = 0
+    """Tokens that it may make, if it says so itself; 0: as many as any row of its job."""
 
 
 def sample_rows(work: Workload, seed: int) -> list[Row]:

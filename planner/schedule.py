@@ -205,7 +205,7 @@ class Ring:
         self._slots = [_Slot() for _ in range(shape.capacity)]
         self._open = shape.slots
         self._sequences: dict[int, _Sequence] = {}
-        self._queue: list[tuple[int, int]] = []
+        self._queue: list[tuple[float, int]] = []
         self._holdings = holdings_of(shape)
         self._growth = _Growth()
         self._prompts_left = 0
@@ -249,7 +249,8 @@ class Ring:
         assert self.fits(limit_tokens), "the head refuses what can never fit"
         assert len(marks) * SHARE_TOKENS < known_tokens, "a sequence computes its last token itself"
         self._sequences[sequence] = _Sequence(known_tokens, limit_tokens, known_tokens, marks)
-        heappush(self._queue, (-limit_tokens, sequence))
+        rounds = most_rounds(known_tokens, limit_tokens - known_tokens)
+        heappush(self._queue, (-rounds, sequence))
 
     def withdraw(self, count: int, among: Container[int]) -> list[int]:
         """Up to so many of these sequences leave the queue, first those that would enter last."""

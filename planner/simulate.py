@@ -1,8 +1,10 @@
 """A run of a plan, imagined event by event: the ring's own policy on facts instead of frames.
 
 Every pipeline runs `schedule.Ring`, as its head does. Pipelines share the queue of rows by leases, or
-are given rows as they come. Nodes may leave and join on the way: the run is then planned again, and the
-rows of pipelines that are gone prefill again elsewhere.
+are given rows as they come; when the queue is empty, rows that one has not begun go to another, by the
+same `leases.Desk`, if at once. Nodes may leave and join on the way: the run is then planned again, and
+the rows of pipelines that are gone prefill again elsewhere. What is measured on the way changes
+nothing here: micro-batches stay as many, and pipelines count as fast, as planned.
 """
 
 import math
@@ -14,12 +16,13 @@ from heapq import heappop, heappush
 import numpy as np
 
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
-from planner.leases import Desk, Policy, long_row_tokens
+from planner.leases import AHEAD_S, Desk, Policy, long_row_tokens
 from planner.line import Flight, Line
 from planner.plan import Pipeline, Plan
 from planner.problem import Problem, load_s, problem
 from planner.replan import replan
 from planner.rows import Row, sample_rows
+from planner.schedule import most_rounds
 from planner.ways import busy_fractions
 
 LOST_AFTER_S = 20.0
@@ -136,7 +139,8 @@ class _Run:
         longest = max(1, *(row.output_tokens for row in self.rows))
         self.quota = max(longest, int(outputs.most)) if outputs.most < math.inf else longest
         self.longest = max(self._limit(row) for row in self.rows)
-        self.desk = Desk(long_row_tokens(self.given.work))
+        ahead_s = AHEAD_S if self.policy == "worthwhile" else 0.0
+        self.desk = Desk(long_row_tokens(self.given.work), ahead_s)
         self._schedule()
         for pipeline in self.plan.pipelines:
             self._open(pipeline, load_s(self.given, pipeline), 0.0)
@@ -167,11 +171,11 @@ class _Run:
 
     def _limit(self, row: Row) -> int:
         """Tokens that a row may grow to: nobody knows its true length before."""
-        return row.prompt_tokens + self.quota
+        return row.prompt_tokens + (row.quota or self.quota)
 
     def _schedule(self) -> None:
         """Put all arrivals and changes on the clock; rows that are there at once only queue."""
-        # Longest prompts first, as the job's order has it: lengths of answers are nobody's to know.
+        # Longest expected first, as the job's order has it: true lengths are nobody's to know.
         order = sorted(range(len(self.rows)), key=self._order)
         for number in order:
             row = self.rows[number]
@@ -182,9 +186,10 @@ class _Run:
         self.clock.extend((c.at_s, _CHANGE, i) for i, c in enumerate(self.changes))
         self.clock.sort()
 
-    def _order(self, number: int) -> tuple[float, int, int]:
+    def _order(self, number: int) -> tuple[float, float, int]:
         row = self.rows[number]
-        return (row.arrives_s, -row.prompt_tokens, number)
+        rounds = most_rounds(row.prompt_tokens, row.quota or self.quota)
+        return (row.arrives_s, -rounds, number)
 
     def _open(self, pipeline: Pipeline, starts_s: float, now: float) -> None:
         number, self.lines_made = self.lines_made, self.lines_made + 1
@@ -215,6 +220,8 @@ class _Run:
         line.wakes_s = float("inf")
         self._take_back(line, now)
         self._lease(line, now)
+        if not self.waiting and self.policy == "worthwhile":
+            self._even_out(now)
         sent = False
         if line.way.first_free_s <= now:
             step = line.send(now)
@@ -253,6 +260,17 @@ class _Run:
             ):
                 return
             self._give(line, self.waiting.popleft(), now)
+
+    def _even_out(self, now: float) -> None:
+        """Have whoever would be last give rows that it has not begun to one that could begin them."""
+        left = set(self.lines)
+        while (move := self.desk.move(left, left)) is not None:
+            left -= {move.giver, move.taker}
+            giver, taker = self.lines[move.giver], self.lines[move.taker]
+            for flight in giver.give_back(move.rows):
+                self.desk.held[giver.number] -= 1
+                self._give(taker, flight, now)
+                self._wake(taker, max(now, taker.starts_s))
 
     def _give(self, line: Line, flight: Flight, now: float) -> None:
         if math.isnan(flight.since_s):

@@ -118,7 +118,7 @@ def test_prompts_of_all_lengths_make_no_step_so_fat_that_stages_wait() -> None:
     dice = random.Random(1)
     lengths = [(dice.randint(16, 400), dice.choice((24, 48, 96))) for _ in range(900)]
     shape = RingShape(12, 32, blocks=10**5, block_tokens=16, step_tokens=32 + 2 * CHUNK_TOKENS)
-    assert busy(shape, lengths, stages=8) > 0.95
+    assert busy(shape, lengths, stages=8) > 0.93
 
 
 def test_steps_have_all_their_chunks_while_prompts_wait_in_every_slot() -> None:
@@ -167,8 +167,8 @@ def test_slots_go_round_in_cyclic_order() -> None:
     assert slots == [i % 3 for i in range(len(slots))]
 
 
-def test_the_longest_row_enters_first() -> None:
-    ring, _ = ring_of(SHAPE, [(5, 3), (90, 3), (40, 3)])
+def test_the_row_that_may_go_round_most_often_enters_first() -> None:
+    ring, _ = ring_of(SHAPE, [(5, 3), (90, 3), (40, 3), (300, 1)])
     step = ring.next_step()
     assert step is not None and step.spans[0].sequence == 1
 

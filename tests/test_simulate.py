@@ -1,6 +1,7 @@
 """The imagined run: it answers every row once, keeps physics, and agrees with the planner."""
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +193,23 @@ def test_rows_that_outgrow_the_memory_make_way_and_are_answered_all_the_same() -
     run = simulate(one_node_plan(8, 2), cluster(1), MODEL, work, rows=rows, trace=True)
     assert sorted(e.number for e in run.trace if e.what == "end") == list(range(140))
     assert run.output_tokens == 100 * 8 + 40 * 200
+
+
+def test_a_pipeline_that_has_run_dry_is_given_rows_that_another_has_not_begun() -> None:
+    pipelines = tuple(Pipeline((StagePlan(name, 0, 12),), (), 8, 2) for name in ("n0", "n1"))
+    plan = Plan(pipelines, 1.0, 1.0, 1.0, 1.0, "")
+    # By their prompts, the first takes rows that turn out long, and more of them than it can begin.
+    rows = [Row(100, 200)] * 32 + [Row(50, 4)] * 32
+    run = simulate(plan, cluster(1, 1), MODEL, WORK, rows=rows, trace=True)
+    leased = Counter(event.number for event in run.trace if event.what == "lease")
+    assert sum(count > 1 for count in leased.values()) > 4
+    assert sorted(e.number for e in run.trace if e.what == "end") == list(range(64))
+
+
+def test_a_row_that_may_say_more_is_leased_before_one_that_asks_more() -> None:
+    rows = [Row(100, 3, quota=8), Row(10, 3, quota=90), Row(300, 3, quota=8)]
+    run = simulate(one_node_plan(1, 1), cluster(1), MODEL, WORK, rows=rows, trace=True)
+    assert [event.number for event in run.trace if event.what == "end"] == [1, 2, 0]
 
 
 def test_rows_of_a_node_that_leaves_are_answered_by_the_others() -> None:
