@@ -19,13 +19,14 @@ import pytest
 from flows.launch import Fleet, StageSettings
 from flows.stage import stage
 from stages.config import StageSpec
-from stages.control import Answer, Hello, LeasedRow
+from stages.control import Answer, Hello, LeasedRow, Refused, decode
 from stages.dialing import dial_once
 from stages.errors import PeerRefusedError
 from stages.frame import EpochMismatchError, RunMismatchError
 from stages.identity import Identity, Member, make_identity
 from stages.trust import Trust
-from tests.linked import Relay
+from stages.wire import Ack
+from tests.linked import Relay, step_frame, wait_for
 from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, row
 
@@ -41,6 +42,15 @@ class Site:
 
     relays: dict[str, Relay] = field(default_factory=dict)
     specs: dict[str, Path] = field(default_factory=dict)
+    fleet: Fleet | None = None
+    """Of them, once it is at work."""
+
+    def incarnation(self, member: str) -> int:
+        """The number that a stage's process drew, as it told the driver."""
+        assert self.fleet is not None
+        link = self.fleet._stations[member].link
+        assert link is not None
+        return link.connection.hello.incarnation
 
     def reached_at(self, member: str, place: tuple[str, int]) -> tuple[str, int]:
         if member not in self.relays:
@@ -161,6 +171,34 @@ def attacked(site: Site) -> None:
         _without_certificate(relay.target)
 
 
+def repeated_and_stale(site: Site) -> None:
+    """A frame that the second stage has, and one of an old plan, over a connection that is the first's
+    by key, name and incarnation; the first has to dial again."""
+    relay, victim, first = site.relays["n1"], site.spec("n1"), site.spec("n0")
+    identity = Identity("n0", first.certificate, first.key)
+    trust = Trust(identity, [Member(name, pem) for name, pem in first.members.items()])
+    relay.there.clear()  # until this is over
+    hello = _hello(victim, incarnation=site.incarnation("n0"))
+    connection = dial_once(trust, "n1", relay.target, hello, 10)
+    last_frame = connection.hello.last_frame
+    assert last_frame > 0
+    connection.send(step_frame(last_frame, epoch=victim.epoch).encode(connection.run))
+    held = decode(connection.receive())
+    assert isinstance(held, Ack) and held.frame >= last_frame
+    connection.send(step_frame(held.frame + 1, epoch=victim.epoch - 1).encode(connection.run))
+    told = decode(connection.receive())
+    assert isinstance(told, Refused) and told.cause == "epoch"
+    connection.close()
+    relay.there.set()
+
+
+def bits_flipped(site: Site) -> None:
+    """One on the way to each member, between two frames or in one: TLS notices."""
+    for relay in site.relays.values():
+        relay.bits_to_flip = 1
+    wait_for(lambda: not any(relay.bits_to_flip for relay in site.relays.values()), limit_s=10)
+
+
 def _hello(victim: StageSpec, **changes: object) -> Hello:
     said = {"name": "n0", "run": victim.run, "epoch": victim.epoch, "incarnation": 7}
     return Hello.model_validate(said | {"purpose": "data"} | changes)
@@ -177,7 +215,8 @@ def test_a_job_whose_links_and_processes_falter_answers_as_if_they_had_not(tmp_p
     write_random_model(tmp_path, "llama", seed=2)
     faults = [
         (calm, 0.0), (cut_for_5_s, 5.0), (one_way_for_10_s, 10.0), (reset_again_and_again, 4.0),
-        (attacked, 0.0), (stopped_for_10_s, 10.0), (calm, 0.0),
+        (attacked, 0.0), (repeated_and_stale, 0.0), (bits_flipped, 0.0), (stopped_for_10_s, 10.0),
+        (calm, 0.0),
     ]  # fmt: skip
     rows = [
         row(i, [(7 * i + 13 * k) % 256 for k in range(1 + i % 90)], NEW_TOKENS)
@@ -188,6 +227,7 @@ def test_a_job_whose_links_and_processes_falter_answers_as_if_they_had_not(tmp_p
     settings = StageSettings("chaos", tmp_path, "float32", 1)
     with Fleet(plan_of(4, STAGES), [RING], settings, site.start, site.reached_at) as fleet:
         fleet.start()
+        site.fleet = fleet
         job = Job(fleet, site, iter(rows), expected)
         for fault, at_least_s in faults:
             took_s = job.answered_under(fault)
@@ -197,3 +237,4 @@ def test_a_job_whose_links_and_processes_falter_answers_as_if_they_had_not(tmp_p
     links = [link for beat in fleet.vitals().values() for link in beat.links]
     assert sum(link.reconnects for link in links) >= 2 * STAGES
     assert sum(link.frames_sent_again for link in links) > 0
+    assert sum(link.duplicates_dropped for link in links) > 0
