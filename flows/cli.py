@@ -271,7 +271,7 @@ _LINKS = """
     select source, target, level, round(ratio, 2) as ratio, round(payload_bytes / 1e6, 1) as mb,
            round(seen_bytes_per_s * 8 / 1e6, 1) as mbit_per_s, round(seen_rtt_s * 1e3, 1) as rtt_ms,
            round(100 * seen_loss, 2) as loss_percent, frames_waiting as waiting,
-           frames_sent_again as sent_again, reconnects
+           most_frames_waiting as at_most, frames_sent_again as sent_again, reconnects
     from links where payload_bytes > 0 and run_id = (select max(run_id) from links)
     order by source, target
 """

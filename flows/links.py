@@ -43,6 +43,7 @@ def _data_row(source: str, report: LinkReport, beat: Heartbeat, ack_bytes: int) 
         "seen_loss": _share(report.segments_sent_again, report.segments_sent),
         "blocked_s": report.blocked_s,
         "frames_waiting": report.frames_waiting,
+        "most_frames_waiting": report.most_frames_waiting,
         "frames_sent_again": report.frames_sent_again,
         "reconnects": report.reconnects,
         "congestion_control": report.congestion_control,

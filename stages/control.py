@@ -264,6 +264,8 @@ class LinkReport(_Record):
     """The codec's level of most of them; empty where there were none."""
     frames_waiting: Count = 0
     """Frames queued or not yet acknowledged."""
+    most_frames_waiting: Count = 0
+    """The most of them at any time."""
     bytes_per_s: float = Field(default=0, ge=0)
     """What the link carries while it has work, as acknowledgements tell; 0 until they do."""
     rtt_s: Seconds = 0.0

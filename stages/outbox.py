@@ -83,7 +83,8 @@ class Outbox:
 
     def report(self) -> LinkReport:
         """What all connections of this outbox have carried, and what their link was seen to do."""
-        waiting = {"frames_waiting": self._queue.waiting}
+        queue = self._queue
+        waiting = {"frames_waiting": queue.waiting, "most_frames_waiting": queue.most_waiting}
         return self._encoder.report(self._connection.report().model_copy(update=waiting))
 
     def close(self, timeout_s: float = 10.0) -> None:

@@ -53,6 +53,8 @@ class SendQueue(Generic[T]):
         self._packets: deque[T] = deque()
         self._changed = threading.Condition()
         self._in_hand = 0
+        self.most_waiting = 0
+        """Frames that waited at once, at the worst time so far."""
         self._error: StageError | None = None
         self._lost = False
         self._ended = False
@@ -70,6 +72,7 @@ class SendQueue(Generic[T]):
             if len(self._packets) >= self._capacity:
                 raise LinkTimeoutError(f"{self._peer} took no frame for {timeout_s} s")
             self._packets.append(packet)
+            self.most_waiting = max(self.most_waiting, len(self._packets) + self._in_hand)
             self._changed.notify_all()
 
     def take(self) -> T | None:

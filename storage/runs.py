@@ -112,6 +112,7 @@ class MeasuredLink(_Record):
     seen_loss: float | None = None
     blocked_s: float | None = None
     frames_waiting: int | None = None
+    most_frames_waiting: int | None = None
     frames_sent_again: int | None = None
     reconnects: int | None = None
     congestion_control: str | None = None

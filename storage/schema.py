@@ -145,7 +145,8 @@ LINK_SCHEMA = pa.schema(
         ("seen_rtt_s", pa.float64()),
         ("seen_loss", pa.float64()),  # of TCP segments
         ("blocked_s", pa.float64()),
-        ("frames_waiting", pa.int64()),
+        ("frames_waiting", pa.int64()),  # queued or unacknowledged, when the source last said so
+        ("most_frames_waiting", pa.int64()),  # at any time
         ("frames_sent_again", pa.int64()),
         ("reconnects", pa.int64()),
         ("congestion_control", pa.string()),

@@ -209,6 +209,7 @@ def test_links_say_what_they_carried_by_kind_and_what_they_saw(
         assert link["wire_bytes"] == parts
         assert 56 * link["frames"] <= link["ack_bytes"] <= 68 * link["frames"]
         assert (link["frames_waiting"], link["frames_sent_again"], link["reconnects"]) == (0, 0, 0)
+        assert link["most_frames_waiting"] > 0
         assert 0 < link["seen_rtt_s"] < 1
     forward, back = (links[pair] for pair in ring)
     assert forward["activation_bytes"] == 64 * 4 * forward["tokens"]

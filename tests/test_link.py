@@ -127,6 +127,19 @@ def test_a_peer_that_takes_nothing_fills_a_bounded_queue(net: Net) -> None:
     assert accepted <= 2 + 1 + held  # the queue, and the frame being sent
 
 
+def test_an_outbox_tells_of_the_worst_time_of_its_queue(net: Net) -> None:
+    near, far = net.pair()
+    outbox = Outbox(near, unexpected, capacity=16)
+    for number in range(10):
+        outbox.put(step_packet(number))
+    net.closing.append(Inbox(far, Mailbox()).close)
+    wait_for(lambda: outbox.report().frames_waiting == 0)
+    outbox.put(step_packet(10))
+    wait_for(lambda: outbox.report().frames_waiting == 0)
+    assert outbox.report().most_frames_waiting == 10
+    outbox.close()
+
+
 def test_an_outbox_that_cannot_be_emptied_says_so(net: Net) -> None:
     near, _far = net.pair()
     outbox = Outbox(near, unexpected)
