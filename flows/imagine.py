@@ -33,6 +33,9 @@ PLANNERS = (OURS, REPLICATED, REHEARSED, *METHODS)
 SAMPLES = 3
 """Draws of rows that a rehearsal runs, and again that the best few run after it."""
 
+PLAYED_ROWS = 10_000_000
+"""Rows that a simulation can hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class Course:
@@ -87,6 +90,11 @@ class Imagined:
 
     def play(self, plan: Plan, course: Course) -> Simulated:
         """Simulate a plan that was made for the nodes of `at_first`; JobError where it ends stuck."""
+        if self.work.rows > PLAYED_ROWS:
+            raise JobError(
+                f"a simulation plays every row, at most {PLAYED_ROWS:,}; "
+                f"the workload has {self.work.rows:,}"
+            )
         rows = sample_rows(self.work, course.seed)
         if course.rows_per_s is not None:
             rows = arriving(rows, course.rows_per_s, course.seed)

@@ -15,7 +15,6 @@ from planner.chain import split_as
 from planner.cost import Cell, Role, kv_layer_bytes, mean_context, stage_table
 from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.grid import MICRO_BATCH_ROWS, cells
-from planner.infeasible import why_none
 from planner.layer_times import decode_layer_s
 from planner.leases import POLICIES, Policy
 from planner.milp_bprr import bprr
@@ -55,6 +54,8 @@ class Placed:
     notes: tuple[str, ...] = ()
     sessions: tuple[int, ...] = ()
     """Rows in flight of each chain at most, where the method has a word for that."""
+    why: str = "it covers no chain of all layers"
+    """Where there are no chains: what of the method's own rules stands against them."""
 
 
 def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
@@ -75,10 +76,19 @@ def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workloa
         if (ring := _ring(given, [cell for cell in tried if cell.rows <= rows], chain))
     ]
     if not rings:
-        reason = why_none(given, tried)
+        reason = _why_none_runs(given, placed) if placed.chains else placed.why
         raise InfeasibleError(f"{method} forms no pipeline on these nodes: {reason}")
     plan = plan_of(given, rings, 0.0)
     return replace(plan, basis=(*placed.notes, *plan.basis))
+
+
+def _why_none_runs(given: Problem, placed: Placed) -> str:
+    order, layers = placed.chains[0]
+    chain = " -> ".join(f"{given.nodes[i].name} {k}" for i, k in zip(order, layers, strict=True))
+    return (
+        f"of its {len(placed.chains)} none runs, the first with layers {chain}: a node has no room "
+        "for its layers and a row beside them, or a link carries 0 bytes per second"
+    )
 
 
 def _ring(given: Problem, tried: Sequence[Cell], chain: Chain) -> Found | None:
@@ -130,8 +140,19 @@ def _sessions(given: Problem) -> int:
 
 
 def _cg_bp(given: Problem) -> Placed:
-    spans = cg_bp(_servers(given), _sizes(given), _sessions(given))
-    return Placed(_disjoint(given, spans or []))
+    sessions = _sessions(given)
+    spans = cg_bp(_servers(given), _sizes(given), sessions)
+    return Placed(_disjoint(given, spans or []), why=_caches_too(given, sessions))
+
+
+def _caches_too(given: Problem, sessions: int) -> str:
+    """Why a method that reserves caches for so many sessions on each node may cover too little."""
+    each = given.model.layer_bytes + sessions * _sizes(given).cache_bytes
+    rooms = [int(_room(given, i) // each) for i in range(len(given.nodes))]
+    return (
+        f"with room for the embedding, the LM head and caches of {sessions} sessions on every node, "
+        f"{sum(rooms)} of {given.model.layers} layers fit"
+    )
 
 
 def _bprr(given: Problem) -> Placed:
@@ -140,7 +161,9 @@ def _bprr(given: Problem) -> Placed:
     bundled = replace(sizes, cache_bytes=sizes.cache_bytes * bundle)
     found = bprr(_servers(given), bundled, MILP_REQUESTS, MILP_LIMIT_S)
     if found is None:
-        return Placed([])
+        return Placed(
+            [], why=f"its program has no solution, or none was found in {MILP_LIMIT_S:g} s"
+        )
     gap = 1.0 - found.bound_s / found.seconds
     return Placed(_disjoint(given, list(found.spans)), _stopped("bprr", found.proved, gap))
 
@@ -154,13 +177,13 @@ def _stopped(method: str, proved: bool, gap: float) -> tuple[str, ...]:
 def _petals(given: Problem) -> Placed:
     servers, model = _servers(given), given.model
     held = [petals_blocks(s, model.layer_bytes, model.hidden) for s in servers]
-    return Placed(_disjoint(given, petals(servers, model.layers, held)))
+    why = f"its servers choose {sum(held)} of {model.layers} layers' blocks by their memory"
+    return Placed(_disjoint(given, petals(servers, model.layers, held)), why=why)
 
 
 def _gbp_cr(given: Problem) -> Placed:
-    return Placed(
-        [_chain_of(given, [Hop(span, span.blocks) for span in c]) for c in _chains(given)]
-    )
+    chains = [_chain_of(given, [Hop(span, span.blocks) for span in c]) for c in _chains(given)]
+    return Placed(chains, why=_caches_too(given, _sessions(given)))
 
 
 def _gca(given: Problem) -> Placed:
@@ -175,7 +198,7 @@ def _gca(given: Problem) -> Placed:
             chains.append(chain)
             sessions.append(held)
             used.update(chain[0])
-    return Placed(chains, sessions=tuple(sessions))
+    return Placed(chains, sessions=tuple(sessions), why=_caches_too(given, _sessions(given)))
 
 
 def _chains(given: Problem) -> list[list[Span]]:
@@ -209,25 +232,34 @@ def _parallax(given: Problem) -> Placed:
         speed = [given.nodes[i].flop_per_s for i in group]
         layers = water_fill([capacity[i] for i in group], speed, given.model.layers)
         chains.append((tuple(group), tuple(layers)))
-    return Placed(chains)
+    return Placed(chains, why=_half_of_memory(given, sum(capacity)))
+
+
+def _half_of_memory(given: Problem, layers: int) -> str:
+    """Why a method that leaves half of each memory to keys and values may hold too little."""
+    return (
+        f"it gives weights half of each node's memory, and so {layers} of {given.model.layers} "
+        "layers fit"
+    )
 
 
 def _helix(given: Problem) -> Placed:
     """At most half of a node's memory for weights; rates at the batch that its KV memory allows."""
     able = [i for i in range(len(given.nodes)) if _helix_rates(given, i)]
+    why = _half_of_memory(given, sum(len(_helix_rates(given, i)) for i in able))
     if not able:
-        return Placed([])
+        return Placed([], why=why)
     links = given.net.bytes_per_s[np.ix_(able, able)] / given.model.activation_bytes_per_token
     rates = [_helix_rates(given, i) for i in able]
     found = helix(rates, links, given.model.layers, MILP_LIMIT_S)
     if found is None:
-        return Placed([])
+        return Placed([], why=why)
     chains = [
         (tuple(able[i] for i in way), tuple(found.layers[i][1] - found.layers[i][0] for i in way))
         for way in widest_ways(found, given.model.layers)
     ]
     gap = 1.0 - found.tokens_per_s / found.bound if found.bound else 0.0
-    return Placed(chains, _stopped("helix", found.proved, gap))
+    return Placed(chains, _stopped("helix", found.proved, gap), why=why)
 
 
 def _helix_rates(given: Problem, node: int) -> list[float]:
@@ -252,7 +284,7 @@ def _equal(given: Problem) -> Placed:
     usable = [i for i in range(len(given.nodes)) if np.isfinite(table[i, 0])]
     usable = usable[: given.model.layers]
     if not usable:
-        return Placed([])
+        return Placed([], why="no node has memory for one layer and one row")
     return Placed([(tuple(usable), tuple(equal_split(len(usable), given.model.layers)))])
 
 

@@ -14,9 +14,20 @@ from planner.facts import (
     Node,
     Workload,
 )
+from planner.lengths import MOST_TOKENS
 
 LARGEST = 1e24
 """No byte, operation or second of ours comes near; a larger number is a slip of the unit."""
+
+MOST = {
+    "layers": 10_000,
+    "hidden": 10**7,
+    "activation_value_bytes": 64,
+    "rows": 10**12,
+    "mean": MOST_TOKENS,
+    "p95": MOST_TOKENS,
+}
+"""Of these even less is absurd, and a plan for it would take for ever."""
 
 _POSITIVE = {
     "flop_per_s",
@@ -60,6 +71,8 @@ def check_facts(cluster: Cluster, model: ModelShape, work: Workload) -> None:
         _check_lengths(which, lengths)
     for name, rate in work.codec.items():
         _check(f"codec {name}", rate)
+        if rate.bytes_per_s == 0:
+            raise InfeasibleError(f"codec {name}: bytes_per_s is 0; it must be above 0")
     for i, chance in enumerate(work.acceptance):
         if not 0.0 <= chance <= 1.0:
             raise InfeasibleError(
@@ -105,6 +118,8 @@ def _check_number(what: str, name: str, value: float) -> None:
         raise InfeasibleError(f"{what} is {value:g}; it cannot be negative")
     if value == 0 and name in _POSITIVE:
         raise InfeasibleError(f"{what} is 0; it must be above 0")
+    if name in MOST and value > MOST[name]:
+        raise InfeasibleError(f"{what} is {value:g}, absurdly large; it is at most {MOST[name]:,}")
     unlimited = (name.endswith("bytes_per_s") or name == "most") and math.isinf(value)
     if value > LARGEST and not unlimited:
         raise InfeasibleError(f"{what} is {value:g}, absurdly large; check its unit")

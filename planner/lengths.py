@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from planner.facts import Lengths
 
+MOST_TOKENS = 10**7
+"""No row is longer, whatever its distribution says: no context is."""
 Z95 = 1.645
 _NORMAL = NormalDist()
 
@@ -43,7 +45,7 @@ def longest_tokens(lengths: Lengths, rows: int) -> float:
     """The length that one of so many rows exceeds on average."""
     mu, sigma = lognormal(lengths)
     z = _NORMAL.inv_cdf(max(1.0 - 1.0 / max(rows, 2), 0.5))
-    return min(math.exp(mu + z * sigma), lengths.most)
+    return min(math.exp(mu + z * sigma), lengths.most, MOST_TOKENS)
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
+RAW = "raw"
+"""The codec of a link that carries activations as they are."""
+
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
@@ -29,7 +32,7 @@ class LinkPlan:
 
     source: str
     target: str
-    codec: str = "raw"
+    codec: str = RAW
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from planner.facts import (
     Node,
     Workload,
 )
+from planner.plan import RAW
 
 T = TypeVar("T")
 
@@ -52,11 +53,10 @@ def what_if(mapping: object) -> WhatIf:
     top = _mapping("the file", mapping)
     _only("the file", top, {"nodes", "links", "default_link", "model", "workload"}, {"nodes"})
     nodes = tuple(_node(f"nodes[{i}]", n) for i, n in enumerate(_list("nodes", top["nodes"])))
-    links = _list("links", top.get("links") or [])
     names = {node.name for node in nodes}
     cluster = Cluster(
         nodes,
-        tuple(_link(f"links[{i}]", link, names) for i, link in enumerate(links)),
+        _links(top.get("links") or [], names),
         _default_link(top["default_link"]) if top.get("default_link") else None,
     )
     model = _model("model", top["model"]) if top.get("model") else None
@@ -102,10 +102,10 @@ def _layer_times(place: str, value: object) -> LayerTimes | None:
 def _points(place: str, value: object, width: int) -> tuple[Any, ...]:
     points = []
     for i, point in enumerate(_list(place, value)):
-        numbers = [_number(f"{place}[{i}]", x) for x in _list(f"{place}[{i}]", point)]
+        where, numbers = f"{place}[{i}]", _list(f"{place}[{i}]", point)
         if len(numbers) != width:
-            raise WhatIfError(f"{place}[{i}] has {len(numbers)} numbers; it takes {width}")
-        points.append((*(int(x) for x in numbers[:-1]), numbers[-1]))
+            raise WhatIfError(f"{where} has {len(numbers)} numbers; it takes {width}")
+        points.append((*(_whole(where, x) for x in numbers[:-1]), _number(where, numbers[-1])))
     return tuple(sorted(points))
 
 
@@ -116,10 +116,25 @@ def _link(place: str, value: object, names: set[str]) -> Link:
             raise WhatIfError(f"{place}: {field_name!r} is not a key; say {key!r}")
         if key not in renamed:
             raise WhatIfError(f"{place}: {key!r} is missing")
-        if renamed[key] not in names:
+        if _word(f"{place}.{key}", renamed[key]) not in names:
             raise WhatIfError(f"{place}: {key} is {renamed[key]!r}, which no node is called")
         renamed[field_name] = renamed.pop(key)
+    if renamed["source"] == renamed["target"]:
+        raise WhatIfError(f"{place} leads from {renamed['source']} to itself; no plan would use it")
     return _record(place, renamed, Link, {})
+
+
+def _links(value: object, names: set[str]) -> tuple[Link, ...]:
+    """All links, of which no two have the same ends."""
+    links = tuple(_link(f"links[{i}]", link, names) for i, link in enumerate(_list("links", value)))
+    first: dict[tuple[str, str], int] = {}
+    for i, link in enumerate(links):
+        if (ends := (link.source, link.target)) in first:
+            raise WhatIfError(
+                f"links[{i}] is from {ends[0]} to {ends[1]}, as links[{first[ends]}] is; keep one"
+            )
+        first[ends] = i
+    return links
 
 
 def _default_link(value: object) -> Link:
@@ -137,12 +152,19 @@ def _workload(place: str, value: object) -> Workload:
         "acceptance": lambda p, v: tuple(
             _number(f"{p}[{i}]", x) for i, x in enumerate(_list(p, v))
         ),
-        "codec": lambda p, v: {
-            str(name): _record(f"{p}.{name}", rate, CodecRate, {})
-            for name, rate in _mapping(p, v).items()
-        },
+        "codec": _codecs,
     }
     return _record(place, value, Workload, readers)
+
+
+def _codecs(place: str, value: object) -> dict[str, CodecRate]:
+    given = _mapping(place, value)
+    if RAW in given:
+        raise WhatIfError(f"{place}: {RAW!r} is the name of a link without a codec; choose another")
+    return {
+        _word(f"a name in {place}", name): _record(f"{place}.{name}", rate, CodecRate, {})
+        for name, rate in given.items()
+    }
 
 
 def _record(

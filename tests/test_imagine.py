@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from flows.cli import exit_status
 
@@ -66,3 +68,108 @@ def test_slips_are_named(
 ) -> None:
     assert exit_status(["simulate", "--what-if", str(what_if), *arguments]) == 2
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("model", "layers"), 1e11, "layers is 1e+11, absurdly large; it is at most 10,000"),
+        (("model", "layers"), 1e6, "layers is 1e+06, absurdly large; it is at most 10,000"),
+        (("workload", "rows"), 1e20, "rows is 1e+20, absurdly large; it is at most 1,000,000,000"),
+        (
+            ("workload", "prompt_tokens"),
+            {"mean": 1e9, "p95": 2e9},
+            "mean is 1e+09, absurdly large; it is at most 10,000,000",
+        ),
+        (
+            ("workload", "codec"),
+            {"zip": {"ratio": 1.5, "bytes_per_s": 0}},
+            "codec zip: bytes_per_s is 0; it must be above 0",
+        ),
+        (
+            ("workload", "codec"),
+            {"raw": {"ratio": 1.5, "bytes_per_s": 1e9}},
+            "workload.codec: 'raw' is the name of a link without a codec",
+        ),
+        (
+            ("nodes", 0, "layer_s"),
+            {"prefill": [[float("inf"), 0.1]], "decode": []},
+            "nodes[0].layer_s.prefill[0] is inf; it takes a whole number",
+        ),
+        (
+            ("nodes", 0, "layer_s"),
+            {"prefill": [[float("nan"), 0.1]], "decode": []},
+            "nodes[0].layer_s.prefill[0] is nan; it takes a whole number",
+        ),
+        (
+            ("nodes", 0, "layer_s"),
+            {"prefill": [[8, float("nan")]], "decode": []},
+            "node a: prefill profile has the impossible point (8, nan)",
+        ),
+        (
+            ("links",),
+            [{"from": ["a"], "to": "b", "latency_s": 0, "bytes_per_s": 1}],
+            "links[0].from is ['a']; it takes a word",
+        ),
+        (
+            ("links",),
+            [{"from": "a", "to": "a", "latency_s": 0, "bytes_per_s": 1}],
+            "links[0] leads from a to itself",
+        ),
+        (
+            ("links",),
+            [{"from": "a", "to": "b", "latency_s": 0, "bytes_per_s": 1}] * 2,
+            "links[1] is from a to b, as links[0] is; keep one",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_absurd_facts_are_refused_with_their_number(
+    tmp_path: Path,
+    command: str,
+    path: tuple[Any, ...],
+    value: object,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = inside = yaml.safe_load(CLUSTER)
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(given), encoding="utf-8")
+    assert exit_status([command, "--what-if", str(file)]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_more_rows_than_a_simulation_holds_are_refused_there_alone(
+    what_if: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what_if.write_text(CLUSTER.replace("rows: 40", "rows: 1e12"), encoding="utf-8")
+    assert exit_status(["plan", "--what-if", str(what_if)]) == 0
+    assert exit_status(["simulate", "--what-if", str(what_if)]) == 2
+    assert "plays every row, at most 10,000,000; the workload has 1,0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("parallax", "it gives weights half of each node's memory, and so 8 of 12 layers fit"),
+        ("helix", "it gives weights half of each node's memory, and so 8 of 12 layers fit"),
+        ("equal", "the first with layers a 6 -> b 6: a node has no room for its layers"),
+    ],
+)
+def test_method_without_a_pipeline_names_its_own_rule(
+    what_if: Path, method: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if method == "helix":
+        pytest.importorskip("highspy")
+    first, second = ("6.0e9", "2.0e9") if method == "equal" else ("3.9e9", "3.9e9")
+    text = CLUSTER.replace("8.0e10", first, 1).replace("8.0e10", second, 1)
+    what_if.write_text(text, encoding="utf-8")
+    assert exit_status(["plan", "--what-if", str(what_if)]) == 0
+    capsys.readouterr()
+    assert exit_status(["plan", "--what-if", str(what_if), "--method", method]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{method} forms no pipeline on these nodes: " in error
+    assert words in error
