@@ -69,7 +69,10 @@ class Imagined:
                 return solve(self.cluster, self.model, self.work, replicate=replicate)
             if method == REHEARSED:
                 return self._rehearsed()
-            return baseline(method, self.cluster, self.model, self.work)
+            planned = baseline(method, self.cluster, self.model, self.work)
+            ours = solve(self.cluster, self.model, self.work)
+            least = min(planned.bound_tokens_per_s, ours.bound_tokens_per_s)
+            return replace(planned, bound_tokens_per_s=least)
         except InfeasibleError as error:
             raise JobError(f"no plan fits: {error}") from error
         except MissingSolverError as error:

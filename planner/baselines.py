@@ -35,7 +35,7 @@ from planner.placement import (
 from planner.plan import Plan
 from planner.problem import Found, Problem, problem, ring_in
 from planner.routing import Hop, chains_by_capacity, shortest_route
-from planner.solve import plan_of
+from planner.solve import compute_bound, plan_of
 
 Chain = tuple[tuple[int, ...], tuple[int, ...]]
 """Nodes in order, and the layers of each."""
@@ -59,7 +59,7 @@ class Placed:
 
 
 def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workload) -> Plan:
-    """The plan that a published method gives; METHODS names them.
+    """The plan that a published method gives, under a bound on all plans; METHODS names them.
 
     Raises:
         InfeasibleError: the method finds no pipeline that holds the model on these nodes.
@@ -78,7 +78,7 @@ def baseline(method: str, cluster: Cluster, model: ModelShape, workload: Workloa
     if not rings:
         reason = _why_none_runs(given, placed) if placed.chains else placed.why
         raise InfeasibleError(f"{method} forms no pipeline on these nodes: {reason}")
-    plan = plan_of(given, rings, 0.0)
+    plan = plan_of(given, rings, compute_bound(given, tried))
     return replace(plan, basis=(*placed.notes, *plan.basis))
 
 

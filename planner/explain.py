@@ -97,8 +97,9 @@ def explain(plan: Plan, advice: Sequence[object] = ()) -> str:
     lines = [
         f"{_count(len(plan.pipelines), 'pipeline')}, {plan.rows_per_s:.4g} rows/s, "
         f"{plan.tokens_per_s:.4g} output tokens/s; the workload takes {_seconds(plan.finish_s)}.",
-        f"No plan on these nodes beats {plan.bound_tokens_per_s:.4g} tokens/s: this one is within "
-        f"{100 * plan.gap:.1f} % of the best.",
+        f"No plan on these nodes {plan.bound_over}, over the grid below, beats "
+        f"{plan.bound_tokens_per_s:.4g} tokens/s: this one is within {100 * plan.gap:.1f} % of the "
+        "best.",
         f"What limits it: {plan.binding}.",
     ]
     for number, pipeline in enumerate(plan.pipelines):
@@ -108,7 +109,8 @@ def explain(plan: Plan, advice: Sequence[object] = ()) -> str:
     if advice:
         lines.append("What would help most:")
         lines.extend(f"  {change}" for change in advice)
-    return "\n".join([*lines, "It rests on:", *(f"  {line}" for line in plan.basis)])
+    grid = [f"The grid: {plan.grid}."] if plan.grid else []
+    return "\n".join([*lines, *grid, "It rests on:", *(f"  {line}" for line in plan.basis)])
 
 
 def _ring_words(pipeline: Pipeline) -> str:

@@ -1,9 +1,11 @@
 """The settings that the solver tries: exact over this grid, and it says so."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
-from planner.cost import Cell
+from planner.cost import PARKED_KV, Cell
 from planner.facts import Workload
+from planner.plan import RAW
 
 MICRO_BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 IN_FLIGHT = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -31,6 +33,28 @@ def cells(
             if (batch <= MICRO_BATCH_ROWS[-1] and fits) or batch == micro_batch_rows:
                 found.update(Cell(batch, slots, n) for n in draft_lengths)
     return tuple(sorted(found, key=lambda c: (c.rows, c.micro_batch_rows, c.draft_len)))
+
+
+def grid_words(tried: tuple[Cell, ...], work: Workload) -> str:
+    """The settings that were tried, for people."""
+    batches = {cell.micro_batch_rows for cell in tried}
+    even = batches - {*MICRO_BATCH_ROWS} and len(batches) > 1
+    words = [
+        f"micro-batches of {_listed(batches & {*MICRO_BATCH_ROWS} if even else batches)} rows"
+        + (f", or of what cuts the job into {WAVES[0]} to {WAVES[-1]} even waves" if even else ""),
+        f"{_listed({cell.in_flight for cell in tried})} of them in flight",
+        f"{_listed({cell.draft_len for cell in tried})} drafted tokens",
+        f"links with codec {_listed([RAW, *work.codec])}",
+        "any number of layers streamed",
+        f"{_listed([f'{share:.0%}' for share in PARKED_KV])} of KV parked",
+    ]
+    return "; ".join(words)
+
+
+def _listed(values: Iterable[int | str]) -> str:
+    """1, 2 or 3."""
+    *most, last = [str(v) for v in (sorted(values) if isinstance(values, set) else values)]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def neighbours(tried: tuple[Cell, ...], cell: Cell) -> list[Cell]:

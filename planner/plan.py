@@ -64,7 +64,7 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What runs where, the predicted speed, and a bound that no plan can beat."""
+    """What runs where, the predicted speed, and a bound that no plan over a grid can beat."""
 
     pipelines: tuple[Pipeline, ...]
     rows_per_s: float
@@ -75,6 +75,10 @@ class Plan:
     """What limits the job, in the planner's words: a node, a link, memory, or what is in flight."""
     basis: tuple[str, ...] = ()
     """The facts that the plan rests on, a line each, for people."""
+    bound_over: str = "without replicas"
+    """The plans that the bound holds for."""
+    grid: str = ""
+    """The settings that the bound holds for, in words."""
 
     @property
     def gap(self) -> float:
@@ -103,6 +107,8 @@ def as_mapping(plan: Plan) -> dict[str, object]:
         "finish_s": plan.finish_s,
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "gap": plan.gap,
+        "bound_over": plan.bound_over,
+        "grid": plan.grid,
         "binding": plan.binding,
         "basis": plan.basis,
     }

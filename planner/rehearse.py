@@ -19,7 +19,7 @@ from planner.problem import Problem, again, problem
 from planner.ring import rings_of
 from planner.rows import Row
 from planner.simulate import simulate
-from planner.solve import best_rings, plan_of, solve
+from planner.solve import best_rings, compute_bound, plan_of, solve
 
 QUICK_METHODS = ("cg-bp", "gbp-cr", "petals", "parallax")
 """Published methods whose plans are candidates too: they cost milliseconds."""
@@ -142,7 +142,8 @@ def _with_rows_in_flight(
     few = problem(cluster, model, replace(workload, rows=rows))
     rings = best_rings(few, cells(few.work))
     if rings:
-        yield plan_of(problem(cluster, model, workload), rings, 0.0)
+        given = problem(cluster, model, workload)
+        yield plan_of(given, rings, compute_bound(given, cells(workload)))
 
 
 def _improved(stage: _Stage, best: _Run) -> _Run:

@@ -13,7 +13,7 @@ from planner.exact import EXACT_NODES, solve_exactly
 from planner.explain import basis_lines, binding_words
 from planner.facts import Cluster, ModelShape, Workload
 from planner.finish import finish_s, first_done
-from planner.grid import cells
+from planner.grid import cells, grid_words
 from planner.infeasible import why_in_order, why_none
 from planner.kinds import kinds_of, solve_by_kinds
 from planner.large import solve_large
@@ -85,19 +85,17 @@ def _replicated(given: Problem, tried: tuple[Cell, ...], rings: list[Found], pla
     """The plan without replicas, or one with some that is done sooner; under a bound on both."""
     if len(given.nodes) <= REPLICA_NODES:
         rings = solve_exactly(given, tried, replicate=True)
-        bound, known = (
-            _rate(rings),
-            "with replicas and without, all plans over the grid were sought",
-        )
+        bound, known = _rate(rings), list[str]()
     else:
         rings, bound = with_replicas(given, tried, rings), capped_bound(given, tried)
-        known = (
+        known = [
             f"without replicas no plan beats {plain.bound_tokens_per_s:.4g} tokens/s; of those with "
             "replicas only some were tried, and what all nodes compute at best bounds them"
-        )
+        ]
     best = min(_soonest_plan(given, tried, [rings], bound), plain, key=lambda plan: plan.finish_s)
     tokens = max(bound * given.work.output_tokens.mean, best.tokens_per_s)
-    return replace(best, bound_tokens_per_s=tokens, basis=(*best.basis, known))
+    over, basis = "with replicas or without", (*best.basis, *known)
+    return replace(best, bound_tokens_per_s=tokens, bound_over=over, basis=basis)
 
 
 def best_rings(
@@ -154,7 +152,7 @@ def solve_in_order(
             found.append(Found(cell, order, split))
     if not found:
         raise why_in_order(given, tried)
-    return plan_of(given, [soonest(given, found)], compute_bound(given, tried))
+    return plan_of(given, [soonest(given, found)], compute_bound(given, tried), tried)
 
 
 def compute_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
@@ -185,8 +183,16 @@ def _floor(given: Problem, some: Iterable[Cell]) -> Floor | None:
     return reduce(Floor.below, floors) if floors else None
 
 
-def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan:
-    """The plan of these rings, fastest first, with what limits it and what it rests on."""
+def plan_of(
+    given: Problem,
+    rings: list[Found],
+    bound_rows_per_s: float,
+    tried: tuple[Cell, ...] | None = None,
+) -> Plan:
+    """The plan of these rings, fastest first, with what limits it and what it rests on.
+
+    The bound is over the cells `tried`, by default the whole grid.
+    """
     rings = sorted(rings, key=lambda ring: (-ring.rows_per_s, ring.order))
     pipelines, limits = [], []
     for ring in rings:
@@ -204,6 +210,7 @@ def plan_of(given: Problem, rings: list[Found], bound_rows_per_s: float) -> Plan
         bound_tokens_per_s=max(bound_rows_per_s, rows_per_s) * tokens,
         binding="; ".join(words),
         basis=basis_lines(given, rings[0].cell),
+        grid=grid_words(tried or cells(given.work), given.work),
     )
 
 

@@ -1,11 +1,13 @@
 """Published placements, against their own published examples and invariants."""
 
+import contextlib
 import itertools
 import random
 
 import pytest
 
 from planner.baselines import METHODS, PROGRAMS, baseline
+from planner.exact import solve_exactly
 from planner.facts import InfeasibleError
 from planner.placement import (
     Server,
@@ -24,6 +26,7 @@ from planner.placement import (
     sessions_held,
     water_fill,
 )
+from planner.problem import problem
 from planner.routing import route_s, shortest_route
 from tests.planner_oracle import random_case
 
@@ -167,3 +170,17 @@ def test_every_method_makes_whole_disjoint_pipelines_or_says_why_not(method: str
             assert [stage.first_layer for stage in pipeline.stages] == ends[:-1]
             assert ends[-1] == model.layers
     assert made
+
+
+def test_bound_beside_a_methods_plan_is_on_all_plans() -> None:
+    gaps = []
+    for seed in range(4):
+        facts = random_case(seed, 3, 8)
+        best = solve_exactly(problem(*facts))
+        best_tokens_per_s = sum(ring.rows_per_s for ring in best) * facts[2].output_tokens.mean
+        for method in sorted(set(METHODS) - set(PROGRAMS)):
+            with contextlib.suppress(InfeasibleError):
+                plan = baseline(method, *facts)
+                assert plan.bound_tokens_per_s >= best_tokens_per_s * (1 - 1e-9)
+                gaps.append(plan.gap)
+    assert max(gaps) > 0.05

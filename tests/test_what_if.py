@@ -11,7 +11,7 @@ from planner.advice import advise
 from planner.explain import explain
 from planner.facts import InfeasibleError
 from planner.plan import as_mapping
-from planner.solve import solve
+from planner.solve import solve, solve_in_order
 from planner.what_if import WhatIfError, what_if
 
 TEXT = """
@@ -108,6 +108,26 @@ def test_advice_is_what_planning_again_gives() -> None:
     assert str(advice[0]) in explain(plan, advice)
 
 
+def test_plan_says_over_which_plans_and_settings_its_bound_holds() -> None:
+    given = mapping()
+    given["workload"]["rows"] = 40
+    imagined = what_if(given)
+    assert imagined.model is not None
+    assert imagined.workload is not None
+    facts = imagined.cluster, imagined.model, imagined.workload
+    said = explain(solve(*facts))
+    assert "No plan on these nodes without replicas, over the grid below, beats" in said
+    assert (
+        "The grid: micro-batches of 1, 2, 4, 8, 16 or 32 rows, or of what cuts the job into 1 to 4 "
+        "even waves; 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48 or 64 of them in flight; 0 drafted tokens; "
+        "links with codec raw or lossless; any number of layers streamed; 0%, 50%, 75% or 100% of "
+        "KV parked."
+    ) in said
+    chosen = solve_in_order(*facts, micro_batch_rows=4, in_flight=2)
+    assert "The grid: micro-batches of 4 rows; 2 of them in flight;" in explain(chosen)
+    assert "without replicas" not in explain(solve(*facts, replicate=True))
+
+
 def test_plan_as_json_has_every_setting_under_its_documented_name() -> None:
     imagined = what_if(mapping())
     assert imagined.model is not None
@@ -117,7 +137,7 @@ def test_plan_as_json_has_every_setting_under_its_documented_name() -> None:
     )
     assert list(shown) == [
         "pipelines", "rows_per_s", "tokens_per_s", "finish_s", "bound_tokens_per_s", "gap",
-        "binding", "basis",
+        "bound_over", "grid", "binding", "basis",
     ]  # fmt: skip
     ring = shown["pipelines"][0]
     assert set(ring) == {"stages", "links", "micro_batch_rows", "in_flight", "draft_len"}
