@@ -226,7 +226,7 @@ def simulate_plan(  # noqa: PLR0913, PLR0917  a command's options are its parame
     if as_json:
         document = asdict(replace(seen, trace=()))
         document |= {"tokens_per_s": seen.tokens_per_s, "rows_per_s": seen.rows_per_s}
-        print_json({"plan": as_mapping(planned), "simulated": document})
+        print_json(as_mapping(planned) | {"simulated": document})
         return
     say(_run_words(planned, seen))
 

@@ -51,6 +51,17 @@ def test_rehearsed_plan_is_one_of_the_methods(
     assert json.loads(capsys.readouterr().out)["pipelines"]
 
 
+def test_simulation_prints_the_plans_facts_under_the_plans_own_names(
+    what_if: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(["plan", "--what-if", str(what_if), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert exit_status(["simulate", "--what-if", str(what_if), "--json"]) == 0
+    simulated = json.loads(capsys.readouterr().out)
+    assert simulated.pop("simulated")["rows"] == 40
+    assert simulated == planned
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
