@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from statistics import fmean, median
 from typing import TypeVar
 
@@ -24,19 +25,22 @@ from benchmarks.planner_clusters import (
     shared_cluster,
 )
 from benchmarks.record import Claim, record
+from planner.bounds import capped_compute_bound
 from planner.exact import solve_exactly
 from planner.facts import Cluster, Workload
 from planner.grid import cells
 from planner.large import STEADY, solve_large
+from planner.milp_bound import flow_bound
 from planner.problem import Found, Problem, problem
 from planner.replan import replan
 from planner.replica_exact import REPLICA_NODES
 from planner.simulate import simulate
-from planner.solve import best_rings, plan_of, solve
+from planner.solve import best_rings, floor_of_cells, plan_of, solve
 
 T = TypeVar("T")
 # So many rows that no pipeline is dropped for its tail: gaps are of rates.
 LONG = replace(WORK, rows=10**6)
+PROGRAM_S = 20.0
 WORTH = 1.01
 """Gains above this are worth a simulation."""
 
@@ -170,6 +174,25 @@ def replicated(clusters: int) -> list[Claim]:
     return claims
 
 
+def programs(clusters: int) -> list[Claim]:
+    """How near the integer program's bound comes to the exact rate, beside that of all compute."""
+    of_program, of_compute = [], []
+    for seed in range(clusters):
+        given = problem(random_cluster(seed, 5, 2), replace(MODEL_40, layers=12), WORK)
+        tried = cells(given.work)
+        floor = floor_of_cells(given, tried)
+        assert floor is not None, "there are cells"
+        exact = rate(solve_exactly(given, tried))
+        of_program.append(exact / flow_bound(floor, PROGRAM_S))
+        of_compute.append(exact / capped_compute_bound(floor))
+    name = f"{clusters} clusters of 5 nodes, 12 layers: exact rate"
+    return [
+        Claim(f"{name} over the integer program's bound, mean", fmean(of_program), "ratio"),
+        Claim(f"{name} over the integer program's bound, greatest", max(of_program), "ratio"),
+        Claim(f"{name} over what all nodes compute, mean", fmean(of_compute), "ratio"),
+    ]
+
+
 def _finish_s(given: Problem, rings: list[Found]) -> float:
     """When a job of some rows is done in the simulator."""
     some = replace(given.work, rows=2_000)
@@ -184,6 +207,9 @@ def main() -> None:
     # Memory first: the peak of the process is the peak of this case only while it is the first.
     claims = thousand() + small(max(clusters // 5, 1)) + hundred(clusters) + leaving()
     claims += replicated(max(clusters // 2, 2))
+    # It needs HiGHS; without, the rest is worth recording all the same.
+    if find_spec("highspy"):
+        claims += programs(max(clusters // 10, 1))
     record("planner", claims)
 
 

@@ -57,7 +57,7 @@ def kinds_of(given: Problem) -> Kinds | None:
 
 def solve_by_kinds(given: Problem, kinds: Kinds, tried: tuple[Cell, ...]) -> list[Found]:
     """Disjoint rings of the greatest total rate; empty if none fits."""
-    search = _start(given, kinds, tried)
+    search = started(given, kinds, tried)
     reached, rest = 0.0, best_counts(search.bound, kinds.counts)[1]
     while True:
         # What is left beside a count is the count at the mirrored place.
@@ -68,7 +68,7 @@ def solve_by_kinds(given: Problem, kinds: Kinds, tried: tuple[Cell, ...]) -> lis
         if not unsolved:
             return _rings(search, chosen)
         for count in unsolved:
-            _solve(search, count)
+            solve_count(search, count)
         reached = max(reached, sum(float(search.bound[c]) for c in chosen))
 
 
@@ -103,7 +103,8 @@ def _units(counts: Ints) -> Ints:
     return np.eye(counts.shape[1], dtype=np.int64)
 
 
-def _start(given: Problem, kinds: Kinds, tried: tuple[Cell, ...]) -> _Search:
+def started(given: Problem, kinds: Kinds, tried: tuple[Cell, ...]) -> _Search:
+    """A search that knows bounds alone."""
     costs = [cell_costs(given, cell) for cell in tried]
     bounds = [_bounds(one, kinds) for one in costs]
     cell_bound = np.stack(bounds) if bounds else np.zeros((1, len(kinds.counts)))
@@ -143,7 +144,7 @@ def _bounds(costs: CellCosts, kinds: Kinds) -> Floats:
     return np.asarray((1.0 + 1e-12) / row_s, np.float64)
 
 
-def _solve(search: _Search, count: int) -> None:
+def solve_count(search: _Search, count: int) -> None:
     """The best ring of exactly these counts: over all cells, and kinds at its two ends."""
     best: tuple[Found, tuple[int, ...]] | None = None
     for i in np.argsort(-search.cell_bound[:, count], kind="stable"):

@@ -157,15 +157,20 @@ def solve_in_order(
 
 def compute_bound(given: Problem, tried: tuple[Cell, ...]) -> float:
     """Rows per second that no plan without replicas over these cells can beat."""
-    # Fewer micro-batches in flight leave more memory: a stage never costs less with more of them.
-    fewest: dict[tuple[int, int], Cell] = {}
-    for cell in sorted(tried, key=lambda cell: -cell.in_flight):
-        fewest[cell.micro_batch_rows, cell.draft_len] = cell
-    floor = _floor(given, fewest.values())
+    floor = floor_of_cells(given, tried)
     if floor is None:
         return 0.0
     capped = capped_compute_bound(floor)
     return min(capped, cut_bound(floor, parts(given, tried, capped)))
+
+
+def floor_of_cells(given: Problem, tried: tuple[Cell, ...]) -> Floor | None:
+    """The least that stages without replicas cost over these cells; None where there are none."""
+    # Fewer micro-batches in flight leave more memory: a stage never costs less with more of them.
+    fewest: dict[tuple[int, int], Cell] = {}
+    for cell in sorted(tried, key=lambda cell: -cell.in_flight):
+        fewest[cell.micro_batch_rows, cell.draft_len] = cell
+    return _floor(given, fewest.values())
 
 
 def capped_bound(given: Problem, tried: tuple[Cell, ...]) -> float:

@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 
-from planner.cost import Cell
+from planner.cost import Cell, Floats, Role
 from planner.exact import solve_exactly
 from planner.facts import Cluster, Lengths, Link, ModelShape, Node, Workload
-from planner.kinds import best_counts, kinds_of, solve_by_kinds
+from planner.kinds import Kinds, best_counts, kinds_of, solve_by_kinds, solve_count, started
 from planner.milp import Program
-from planner.problem import Problem, problem
+from planner.problem import Problem, among, cell_costs, problem
 from planner.settle import SAME
 from planner.solve import solve
 from tests.planner_oracle import ring_row_s
@@ -90,6 +90,74 @@ def _rate_by_search(given: Problem, kinds, count) -> float:  # type: ignore[no-u
         for cell in GRID
     ]
     return 1.0 / min(rows_s)
+
+
+@pytest.mark.parametrize(("counts", "layers"), [((3, 2), 8), ((2, 2, 2), 6)])
+def test_ring_of_each_count_is_the_one_of_the_integer_program(
+    counts: tuple[int, ...], layers: int
+) -> None:
+    pytest.importorskip("highspy")
+    feasible = 0
+    for seed in range(3):
+        given = few_kinds(seed, counts, layers)
+        kinds = kinds_of(given)
+        assert kinds is not None
+        for count in kinds.counts[1:]:
+            chosen = [i for g, n in zip(kinds.members, count, strict=True) for i in g[: int(n)]]
+            own = among(given, tuple(chosen))
+            alone = kinds_of(own)
+            assert alone is not None
+            rate = float(_rates_of_counts(own, alone)[-1])
+            most = max(_rate_by_program(own, alone, cell) for cell in GRID)
+            assert rate == pytest.approx(most, rel=1e-5), (seed, count)
+            feasible += most > 0
+    assert feasible > 5
+
+
+def _rates_of_counts(given: Problem, kinds: Kinds) -> Floats:
+    """Rows per second of the best ring of each count, as the search by counts has them."""
+    search = started(given, kinds, GRID)
+    for count in range(1, len(kinds.counts)):
+        solve_count(search, count)
+    return search.bound
+
+
+def _rate_by_program(given: Problem, kinds: Kinds, cell: Cell) -> float:
+    """Rows per second of the best ring through all nodes in a cell: x_tsk says that one of kind t
+    holds layers [s, s + k), and one way through the positions 0..L takes all of them.
+
+    Least row_s with row_s >= busy of every stage and link, and row_s x rows in flight >= the life.
+    """
+    costs, layers, n = cell_costs(given, cell), given.model.layers, len(given.nodes)
+    program = Program()
+    row = program.number(0.0, 1e9, cost=1.0)
+    ways: list[list[tuple[int, float]]] = [[] for _ in range(layers + 1)]
+    life: list[tuple[int, float]] = [(row, -float(cell.rows))]
+    for group in kinds.members:
+        used = []
+        for first, end in itertools.combinations(range(layers + 1), 2):
+            role = (Role.FIRST if first == 0 else Role.MIDDLE) | (
+                Role.LAST if end == layers else Role.MIDDLE
+            )
+            busy = float(costs.stages[role].busy_s[group[0], end - first - 1])
+            if np.isfinite(busy):
+                chosen = program.integer(0, 1)
+                program.at_most(0.0, (chosen, busy), (row, -1.0))
+                ways[first].append((chosen, 1.0))
+                ways[end].append((chosen, -1.0))
+                life.append((chosen, busy * cell.micro_batch_rows))
+                used.append((chosen, 1.0))
+        program.equal(float(len(group)), *used)
+    for place in range(1, layers):
+        program.equal(0.0, *ways[place])
+    program.equal(1.0, *ways[0])
+    hops = (n - 1) * costs.links.hop_s[0, 0, 1] + costs.links.return_hop_s[0, 1] if n > 1 else 0.0
+    program.at_most(-float(hops), *life)
+    if n > 1:
+        program.at_most(-float(costs.links.occupied_s[0, 0, 1]), (row, -1.0))
+        program.at_most(-float(costs.links.return_occupied_s[0, 1]), (row, -1.0))
+    best = program.solve("one ring", 20.0)
+    return 1.0 / best.value if best else 0.0
 
 
 def test_repeated_counts_fill_what_there_is() -> None:
