@@ -27,6 +27,7 @@ BATCHES = (16, 32, 64, 128)
 TRIAL_TOKENS = 24
 """Tokens that every row makes while the best batch size is looked for."""
 SLOT_ROWS = 64
+TIMES = 1.5
 
 
 def rows_of(count: int) -> list[LeasedRow]:
@@ -96,8 +97,9 @@ def main() -> None:
         Claim("one stage, output tokens/s", rate["ours"], "tokens/s"),
         Claim(f"generate, batches of {best} by length", rate["by length"], "tokens/s"),
         Claim(f"generate, batches of {best} of equal quotas", rate["by quota"], "tokens/s"),
-        Claim("one stage over generate", rate["ours"] / rate["by length"], "ratio"),
-        Claim("one stage over generate of equal quotas", rate["ours"] / rate["by quota"], "ratio"),
+        Claim("one stage over generate", rate["ours"] / rate["by length"], "ratio", TIMES),
+        Claim("one stage over generate of equal quotas", rate["ours"] / rate["by quota"], "ratio",
+              TIMES),
     ])  # fmt: skip
 
 

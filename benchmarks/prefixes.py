@@ -58,7 +58,8 @@ def main() -> None:
         Claim("every prompt its own", rate[False], "tokens/s"),
         Claim("three quarters shared", rate[True], "tokens/s"),
         Claim("shared over own: tokens/s", rate[True] / rate[False], "ratio", target=2.0),
-        Claim("shared over own: prefill bytes sent", sent[True] / sent[False], "ratio", limit=0.3),
+        Claim("shared over own: bytes of prompts' activations sent", sent[True] / sent[False],
+              "ratio", limit=0.3),
     ])  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from flows.lease import Clerk, Lease
 from flows.twins import Twins
 from planner.schedule import most_rounds
 from stages.control import LeasedRow
+from stages.errors import OutOfMemoryError
 from storage.prompts import PromptRow
 from storage.results import ResultRow
 
@@ -81,20 +82,26 @@ class Intake:
         self._clerk = clerk
         self._twins = Twins()
         self._leases: dict[int, Lease] = {}
+        self._again: deque[Lease] = deque()
+        """Twins of a row that found no memory: each is to find out for itself."""
         self._ended: list[ResultRow] = []
         self.unfit = 0
         """Rows that no pipeline has memory for."""
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._again)
 
     def take(self, pipeline: int) -> LeasedRow | None:
         """The next row that a pipeline must answer; None if there is none, or `ended` grows long."""
         while len(self._ended) < BREATH_ROWS:
-            prompt = self._waiting.take(pipeline)
-            if prompt is None:
-                return None
-            lease = self._clerk.lease(prompt)
+            lease: Lease | ResultRow | None
+            if self._again:
+                lease = self._again.popleft()
+            else:
+                prompt = self._waiting.take(pipeline)
+                if prompt is None:
+                    return None
+                lease = self._clerk.lease(prompt)
             if lease is None:
                 self.unfit += 1
             elif isinstance(lease, ResultRow):
@@ -112,7 +119,12 @@ class Intake:
         return ended
 
     def answered(self, told: Told) -> Iterator[ResultRow]:
-        """The result of a row, and those of its twins."""
+        """The result of a row, and those of its twins, unless it only lacked memory just then."""
         first = self._leases.pop(told.answer.row)
-        for lease in (first, *self._twins.answered(first, told)):
+        yield self._clerk.ended(first, told)
+        twins = self._twins.answered(first, told)
+        if told.answer.error_type == OutOfMemoryError.kind:
+            self._again.extend(twins)
+            return
+        for lease in twins:
             yield self._clerk.ended(lease, told)

@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 from flows.dealing import Told
 from flows.lease import Lease
+from stages.errors import OutOfMemoryError
 
 REMEMBERED = 1024
 """Answers kept for twins that come after; those that share a prompt mostly come together."""
@@ -32,10 +33,12 @@ class Twins:
         return False
 
     def answered(self, lease: Lease, told: Told) -> list[Lease]:
-        """The rows that have waited for this one, which have its answer now."""
+        """The rows that have waited for this one. Its answer is theirs, and that of those to come, but
+        for want of memory, which may be another's fault."""
         if lease.question is None:
             return []
-        self._said[lease.question] = told
+        if told.answer.error_type != OutOfMemoryError.kind:
+            self._said[lease.question] = told
         if len(self._said) > REMEMBERED:
             self._said.popitem(last=False)
         return self._waiting.pop(lease.question)

@@ -48,18 +48,28 @@ def new_cache(shard: Shard, ring: RingShape, frames: int) -> KvCache:
     OutOfMemoryError if this node has no memory for it.
     """
     what = f"the keys and values of {ring.blocks * ring.block_tokens} tokens"
-    if shard.facts.device.type == "cpu":
-        _require_free(_bytes(shard, ring, frames), what)
+    device = shard.facts.device
+    if device.type in ("cpu", "cuda"):  # no other has memory that it could run out of
+        _require_free(_bytes(shard, ring, frames), free_bytes(device), what)
     with memory_for(what):
         return shard.new_cache(ring.blocks, ring.block_tokens, ring.window, frames)
 
 
-def _require_free(wanted_bytes: int, what: str) -> None:
-    """The system promises memory that it lacks, and kills whoever comes to use it."""
-    free_bytes = psutil.virtual_memory().available
-    if wanted_bytes > FREE_SHARE * free_bytes:
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that keys and values may come to share with activations."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the allocator keeps for this process is free too.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _require_free(wanted_bytes: int, free: int, what: str) -> None:
+    """A system promises memory that it lacks, and kills whoever comes to use it; an accelerator gives
+    all that it has, and leaves none for a step's activations."""
+    if wanted_bytes > FREE_SHARE * free:
         raise OutOfMemoryError(
-            f"no memory for {what}: {wanted_bytes / 1e9:.3g} GB, of {free_bytes / 1e9:.3g} GB free",
+            f"no memory for {what}: {wanted_bytes / 1e9:.3g} GB, of {free / 1e9:.3g} GB free",
             (),
         )
 

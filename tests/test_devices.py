@@ -25,9 +25,12 @@ DEVICES = [
     "cpu",
     pytest.param(
         "cuda",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available(), reason="there is no CUDA device here"
-        ),
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="there is no CUDA device here"
+            ),
+        ],
     ),
 ]
 WAITS = {

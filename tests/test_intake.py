@@ -3,13 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.intake import TOKEN_CHARACTERS, WINDOW_ROWS, Waiting
-from flows.job import Sampling
+from flows.dealing import Told
+from flows.intake import TOKEN_CHARACTERS, WINDOW_ROWS, Intake, Waiting
+from flows.job import Job, Sampling
+from flows.lease import Clerk, RunNames
+from flows.model import open_model
 from planner.schedule import CHUNK_TOKENS
+from stages.control import Answer
 from storage.prompts import PromptRow
 
 
@@ -46,6 +51,25 @@ def test_rows_that_may_say_more_go_first_and_a_chunk_of_prompt_counts_as_a_token
     ]
     rows = Waiting(iter(asked), len(asked), Sampling(max_new_tokens=64))
     assert [row.row_id for row in drained(rows, [0])] == [1, 2, 0, 3]
+
+
+def test_a_twin_of_a_row_that_found_no_memory_is_leased_itself(tiny_model: Path) -> None:
+    job = Job.model_validate({"name": "a", "model": str(tiny_model), "prompts": {"uri": "p"}})
+    clerk = Clerk(job, open_model(job), RunNames("run", "plan", 1, "exact"), 1000)
+    same = [asking(n, 5, "a") for n in range(2)]
+    intake = Intake(Waiting(iter(same), 2, job.sampling), clerk)
+    first = intake.take(0)
+    assert first is not None and intake.take(0) is None, "the second waits for the first"
+    lacking = Answer(
+        row=first.row, output_ids=(), text="", finish_reason="error", prompt_tokens=5,
+        output_tokens=0, queued_s=0.0, prefill_s=0.0, decode_s=0.0,
+        error_type="out_of_memory", error_message="no memory",
+    )  # fmt: skip
+    assert [row.row_id for row in intake.answered(Told(0, lacking))] == [first.row]
+    assert len(intake) == 1
+    second = intake.take(0)
+    assert second is not None and second.row != first.row
+    assert len(intake) == 0
 
 
 def test_a_beginning_stays_with_one_pipeline_until_only_others_rows_are_left() -> None:

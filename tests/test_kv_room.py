@@ -14,6 +14,7 @@ from stages.kv_room import largest_cache, new_cache
 from stages.shard import Shard, ShardSpec
 from tests.models import write_random_model
 from tests.ring import answers, plan_of, ring_settings, row, windowed_settings
+from tests.test_devices import DEVICES
 from tests.test_halving import spare_memory
 
 LAYERS = 4
@@ -64,9 +65,10 @@ def test_a_stage_holds_as_much_as_it_has_memory_for(tmp_path: Path) -> None:
         largest_cache(shard, replace(asked, window=wide))
 
 
-def test_memory_that_the_system_only_promises_is_not_counted_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_that_is_only_promised_is_not_counted_on(tmp_path: Path, device: str) -> None:
     write_random_model(tmp_path, "llama", seed=4)
-    shard = Shard.load(ShardSpec(tmp_path, 0, LAYERS, "float32"))
+    shard = Shard.load(ShardSpec(tmp_path, 0, LAYERS, "float32", device))
     asked = RingShape(slots=1, slot_rows=4, blocks=2**36, block_tokens=16, step_tokens=256)
     with pytest.raises(OutOfMemoryError, match="GB free"):
         new_cache(shard, asked, asked.blocks)

@@ -63,6 +63,14 @@ def test_sampled_rows_have_no_twins() -> None:
     assert twins.answer_to(rows[1]) is None
 
 
+def test_want_of_memory_is_no_answer_for_twins_to_come() -> None:
+    twins, first = Twins(), lease(0)
+    assert not twins.waits(first) and twins.waits(lease(1))
+    lacking = answer(0).answer.model_copy(update={"error_type": "out_of_memory"})
+    assert [each.row.row for each in twins.answered(first, Told(3, lacking))] == [1]
+    assert twins.answer_to(lease(2)) is None
+
+
 def test_only_so_many_answers_are_remembered() -> None:
     twins = Twins()
     for number in range(REMEMBERED + 1):
