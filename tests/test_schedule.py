@@ -90,9 +90,12 @@ def test_a_prompt_is_cut_only_at_fixed_positions(lengths: list[tuple[int, int]])
 def busy(shape: RingShape, lengths: list[tuple[int, int]], stages: int) -> float:
     """The share of its time, in the middle half of all steps, that the last of equal stages computes.
 
-    A step of n tokens takes each of them 15 + n; ways between them take nothing.
+    A step of n tokens takes each of them 15 + n; ways between them take nothing. Rows may make 120
+    tokens, and nobody knows which end before.
     """
-    ring, quotas = ring_of(shape, lengths)
+    ring, quotas = Ring(shape), {n: made for n, (_, made) in enumerate(lengths)}
+    for number, (prompt, _) in enumerate(lengths):
+        ring.enqueue(number, prompt, prompt + 120)
     free = [0] * stages
     flying: list[tuple[int, Step]] = []
     times: list[tuple[int, int]] = []
@@ -116,9 +119,9 @@ def busy(shape: RingShape, lengths: list[tuple[int, int]], stages: int) -> float
 
 def test_prompts_of_all_lengths_make_no_step_so_fat_that_stages_wait() -> None:
     dice = random.Random(1)
-    lengths = [(dice.randint(16, 400), dice.choice((24, 48, 96))) for _ in range(900)]
+    lengths = [(dice.randint(16, 400), dice.randint(4, 120)) for _ in range(900)]
     shape = RingShape(12, 32, blocks=10**5, block_tokens=16, step_tokens=32 + 2 * CHUNK_TOKENS)
-    assert busy(shape, lengths, stages=8) > 0.93
+    assert busy(shape, lengths, stages=8) > 0.9
 
 
 def test_steps_have_all_their_chunks_while_prompts_wait_in_every_slot() -> None:
