@@ -25,6 +25,8 @@ from flows.errors import StageLostError
 from flows.launch import DRIVER, Fleet, StageSettings
 from flows.links import link_rows
 from planner.plan import Pipeline, Plan, StagePlan
+from planner.rounds import CHUNKS_PER_STEP
+from planner.schedule import CHUNK_TOKENS
 from stages.codec import RAW
 from stages.config import Ring
 from stages.control import Answer
@@ -38,7 +40,7 @@ ANSWER_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """What to run: a ring, its wires, and rows of one prompt token and so many new ones."""
+    """What to run: a ring, its wires, and rows of so many new tokens."""
 
     paces: tuple[float, ...]
     """Of each stage, times C(n)."""
@@ -51,6 +53,8 @@ class Lap:
     """Micro-batches that the driver may come to open, if more than `slots`."""
     client: bool = False
     """Whether the last stage and the head are one machine, a client."""
+    prompts: Sequence[int] = ()
+    """Tokens of each row's prompt, no two of which begin alike; one each if not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,14 @@ class Ran:
         last = int(np.flatnonzero(tokens == self.slot_rows)[-1]) - self.slots
         assert last > first, f"{len(ends)} steps are too few for {self.slots} slots"
         return float(tokens[first + 1 : last + 1].sum() / (ends[last] - ends[first]))
+
+    def late_busy(self) -> float:
+        """The share of the second and third quarters of the run that the busiest stage computes."""
+        since_s, until_s = (self.started_s + part * self.seconds for part in (0.25, 0.75))
+        return max(
+            float(np.diff(np.clip(steps[:, :2], since_s, until_s)).sum()) / (until_s - since_s)
+            for steps in self.steps
+        )
 
     def late_rows_per_s(self) -> float:
         """Rows' steps that the last stage ends a second, in the third quarter of the run."""
@@ -154,7 +166,11 @@ class Hosts:
             driver_host=self._wan.address(DRIVER),
             hosts=hosts,
         )
-        rows = [greedy_row(i, [i % 4000 + 1], quota) for i, quota in enumerate(lap.quotas)]
+        prompts = lap.prompts or (1,) * len(lap.quotas)
+        rows = [
+            greedy_row(i, [i % 4000 + 1] * tokens, quota)
+            for i, (tokens, quota) in enumerate(zip(prompts, lap.quotas, strict=True))
+        ]
         answers: dict[int, Answer] = {}
         with self._wan.inside(DRIVER, lambda: Fleet(plan, [_ring(lap)], settings, start)) as fleet:
             fleet.start()
@@ -188,14 +204,14 @@ def recorded() -> NDArray[np.uint16]:
 
 
 def _ring(lap: Lap) -> Ring:
-    each = -(-(1 + max(lap.quotas)) // BLOCK_TOKENS)
+    each = -(-(max(lap.prompts, default=1) + max(lap.quotas)) // BLOCK_TOKENS)
     return Ring(
         slots=lap.slots,
         most_slots=lap.most_slots,
         slot_rows=lap.slot_rows,
         blocks=max(lap.slots, lap.most_slots) * lap.slot_rows * each,
         block_tokens=BLOCK_TOKENS,
-        step_tokens=lap.slot_rows + 128,
+        step_tokens=lap.slot_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
     )
 
 
