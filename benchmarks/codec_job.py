@@ -24,6 +24,7 @@ WIRE = Path(rate_bit_per_s=5e6, delay_s=0.020)
 SLOTS, SLOT_ROWS = 3, 32
 PROMPT_TOKENS, NEW_TOKENS = 48, 64
 TLS_LIMIT, INTERFACE_LIMIT, RETURN_LIMIT = 1.03, 1.08, 16
+ELSEWHERE_LIMIT = 1 / 8  # of hidden x itemsize; no codec of ours makes an activation as small
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,27 @@ def claims(job: Job) -> list[Claim]:
             Claim(f"{where}: acknowledgements handed to TLS", acks, ideal),
             Claim(f"{where}: the way back, at the interface", back, ideal),
         ]
-    return found + _elsewhere(job, done)
+    return found + _elsewhere(job, done, config.hidden_size * itemsize)
 
 
-def _elsewhere(job: Job, done: Carried) -> list[Claim]:
-    """The return link, and what the other ways carry: no activation goes there."""
+def _elsewhere(job: Job, done: Carried, activation_bytes: int) -> list[Claim]:
+    """The return link, and what every way but the forward ones carries: no activation goes there."""
     back = job.ring[-1]
     tokens = done.output_tokens
     tls = done.number(back, "wire_bytes") / tokens
     interface = done.wire[back].delivered_bytes / tokens
     driver = sum(t.delivered_bytes for pair, t in done.wire.items() if DRIVER in pair)
+    others = {
+        f"{job.name}, {' to '.join(pair)}, no way of activations: at the interface": traffic
+        for pair, traffic in done.wire.items()
+        if pair not in job.ring[:-1]
+    }
+    limit = ELSEWHERE_LIMIT * activation_bytes
     return [
+        *(
+            Claim(claim, traffic.delivered_bytes / tokens, "bytes/token", limit=limit)
+            for claim, traffic in others.items()
+        ),
         Claim(f"{job.name}, return: handed to TLS", tls, "bytes/token", limit=RETURN_LIMIT),
         Claim(f"{job.name}, return: at the interface", interface, "bytes/token"),
         Claim(f"{job.name}: at the driver's interface, both ways", driver / tokens, "bytes/token"),

@@ -28,7 +28,6 @@ from stages.tcp import BBR_BUNDLE, OTHER_BUNDLE, Bundle
 
 RATE_BIT_PER_S = 100e6
 LOSSES = (0.0, 0.001, 0.01)
-CONTROLS = ("bbr", "cubic")
 STREAMS = (
     ("bbr", BBR_BUNDLE), ("bbr", Bundle(1)), ("bbr", Bundle(4)),
     ("cubic", Bundle(1)), ("cubic", OTHER_BUNDLE),
@@ -68,11 +67,11 @@ def goodput(folder: FilePath) -> list[Claim]:
             path = Path(RATE_BIT_PER_S, 0.100, loss)
             frame_bytes = FRAME_BYTES["1 MiB"]
             transfer = Transfer(
-                frame_bytes,
-                ROWS,
-                control,
-                bundle.stripes,
-                bundle.in_turns,
+                payload_bytes=frame_bytes,
+                rows=ROWS,
+                congestion_control=control,
+                stripes=bundle.stripes,
+                in_turns=bundle.in_turns,
                 warm_up_s=8,
                 measured_s=21,
             )
@@ -106,22 +105,29 @@ def small_delay(folder: FilePath) -> list[Claim]:
     for rtt_s in (0.02, 0.2):
         path = Path(RATE_BIT_PER_S, rtt_s / 2)
         warm_up_s = 2 + WARM_UP_RTTS * rtt_s
-        alone, _, _ = run(
-            folder,
-            path,
-            Transfer(0, ROWS, message_every_s=MESSAGE_EVERY_S, warm_up_s=1.0, measured_s=5.0),
+        silent = Transfer(
+            payload_bytes=0, message_every_s=MESSAGE_EVERY_S, warm_up_s=1.0, measured_s=5.0
         )
-        for control in CONTROLS:
+        alone, _, _ = run(folder, path, silent)
+        for control, bundle in (("bbr", BBR_BUNDLE), ("cubic", Bundle(1))):
             transfer = Transfer(
-                FRAME_BYTES["1 MiB"], ROWS, control, 1, False, MESSAGE_EVERY_S, warm_up_s, 20
+                payload_bytes=FRAME_BYTES["1 MiB"],
+                rows=ROWS,
+                congestion_control=control,
+                stripes=bundle.stripes,
+                in_turns=bundle.in_turns,
+                message_every_s=MESSAGE_EVERY_S,
+                warm_up_s=warm_up_s,
+                measured_s=20,
             )
             beside, _, _ = run(folder, path, transfer)
             added_s = beside.message_delay_s - alone.message_delay_s
-            claim = f"a message's added delay beside bulk, RTT {1e3 * rtt_s:g} ms, {control}"
-            limit = 1e3 * max(0.1 * rtt_s / 2, 0.010)
-            claims.append(
-                Claim(claim, 1e3 * added_s, "ms", limit=limit if control == "bbr" else None)
-            )
+            where = f"RTT {1e3 * rtt_s:g} ms, {control}"
+            limit = 1e3 * max(0.1 * rtt_s / 2, 0.010) if control == "bbr" else None
+            claim = f"a message's added delay beside bulk, {where}"
+            claims.append(Claim(claim, 1e3 * added_s, "ms", limit=limit))
+            share = 100 * beside.goodput_bytes_per_s * 8 / RATE_BIT_PER_S
+            claims.append(Claim(f"goodput of that bulk, {where}", share, "% of 100 Mbit/s"))
     return claims
 
 
@@ -137,7 +143,11 @@ def cpu(folder: FilePath) -> list[Claim]:
             ("b", "the loopback at the wire's pace", wire_pace_s),
         ):
             transfer = Transfer(
-                payload_bytes, ROWS, "bbr", frame_every_s=every_s, warm_up_s=1, measured_s=6
+                payload_bytes=payload_bytes,
+                rows=ROWS,
+                frame_every_s=every_s,
+                warm_up_s=1,
+                measured_s=6,
             )
             received, sent, carried = run(folder, Path(RATE_BIT_PER_S, 0.010), transfer, source)
             ends = ("send", sent.frame_cpu_s), ("receive", received.frame_cpu_s)

@@ -40,7 +40,7 @@ NAMES = ("a", "b")
 DIAL_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
     """What goes over the link: STEP frames one after another, control messages now and then."""
 
@@ -144,11 +144,17 @@ def _drain(steps: Mailbox) -> None:
 
 
 def _hear(messages: Mailbox, delays_s: list[float]) -> None:
-    """Note how long each message was under way: both ends read one machine's clock."""
+    """Note how long each message was under way: both ends read one machine's clock.
+
+    Of those that were sent from now on, that is: earlier ones have waited for this thread.
+    """
+    from_ns = time.monotonic_ns()
     while isinstance(mail := messages.get(), Arrival):
         message = decode(mail.frame)
         assert isinstance(message, Stop)
-        delays_s.append((time.monotonic_ns() - int(message.reason)) / 1e9)
+        sent_ns = int(message.reason)
+        if sent_ns >= from_ns:
+            delays_s.append((time.monotonic_ns() - sent_ns) / 1e9)
 
 
 def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
