@@ -16,6 +16,7 @@ from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.grid import cells
 from planner.plan import Plan
 from planner.problem import Problem, again, problem
+from planner.replica_exact import REPLICA_NODES
 from planner.ring import rings_of
 from planner.rows import Row
 from planner.simulate import simulate
@@ -99,7 +100,9 @@ def rehearsed(
         last = _Stage(given, (*stage.samples, *(tuple(rows) for rows in others)))
         runs = _played(last, [run.plan for run in runs[:SHORTLIST]])
     best = runs[0]
-    bound = max(plans[0].bound_tokens_per_s, best.plan.tokens_per_s)
+    over = best.plan.bound_over
+    known = [plan.bound_tokens_per_s for plan in plans if plan.bound_over == over]
+    bound = max(known[0], best.plan.tokens_per_s)
     whole = all(len(rows) == workload.rows for rows in samples)
     finish_s = best.mean_s if whole else best.plan.finish_s
     return replace(best.plan, bound_tokens_per_s=bound, finish_s=finish_s)
@@ -120,6 +123,8 @@ def _played(stage: _Stage, plans: Sequence[Plan]) -> list[_Run]:
 def candidates(cluster: Cluster, model: ModelShape, workload: Workload) -> list[Plan]:
     """The solver's plan first, then the others worth a rehearsal."""
     plans = [solve(cluster, model, workload)]
+    if len(cluster.nodes) <= REPLICA_NODES:
+        plans.append(solve(cluster, model, workload, replicate=True))
     for rows in ROWS_IN_FLIGHT:
         if rows < workload.rows and len(cluster.nodes) <= MANY_NODES:
             plans.extend(_with_rows_in_flight(cluster, model, workload, rows))
@@ -174,7 +179,7 @@ def _moved(given: Problem, plan: Plan, pipeline: int, step: tuple[int, int]) -> 
     if moved is None:
         return None
     rings[pipeline] = moved
-    return plan_of(given, rings, 0.0)
+    return replace(plan_of(given, rings, 0.0), bound_over=plan.bound_over)
 
 
 _MOVES = ((1, 0), (-1, 0), (0, -1), (0, 1))

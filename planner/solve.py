@@ -31,8 +31,8 @@ from planner.replica_search import with_replicas
 from planner.settle import settled, soonest
 
 FEWER_ROWS = (8, 32, 128)
-FEW_NODES, FEW_JOB_ROWS = 8, 2_000
-"""Up to so many nodes and rows the solver is also asked for rings of fewer rows, in a second or so."""
+FEW_NODES, FEW_JOB_ROWS = 48, 2_000
+"""Up to so many nodes and rows the solver is also asked for rings of fewer rows, in a few seconds."""
 
 
 def solve(
@@ -43,7 +43,8 @@ def solve(
     Without replicas, as a ring can run today, it is exact over the grid of settings for up to
     EXACT_NODES nodes, and for more of few kinds; else grown and repaired, with the bound to say how
     far from the optimum it may be. Nodes may be left out. Of its pipelines those are dropped that a
-    job of so few rows would only wait for.
+    job of so few rows would only wait for, and a job of few rows gets fewer in flight where it is done
+    sooner so: its plan may then be slower than the bound on rates allows.
 
     With `replicate` stages may have replicas where that ends the job sooner: exact, with those, for
     up to REPLICA_NODES nodes, and beyond searched for from the plan without. The bound then holds for
@@ -60,7 +61,7 @@ def solve(
     if not rings:
         raise why_none(given, tried)
     bound = _rate(rings) if exact else min(compute_bound(given, tried), known.bound)
-    options = [rings, *(_fewer_in_flight(given) if exact else ())]
+    options = [rings, *_fewer_in_flight(given)]
     plain = _soonest_plan(given, tried, options, bound)
     return _replicated(given, tried, rings, plain) if replicate else plain
 
@@ -74,11 +75,12 @@ def _soonest_plan(
 
 def _fewer_in_flight(given: Problem) -> Iterator[list[Found]]:
     """The fastest rings of fewer rows each, which go round sooner, for a job that is soon over."""
-    if len(given.nodes) <= FEW_NODES:
-        for rows in FEWER_ROWS:
-            if rows < given.work.rows <= FEW_JOB_ROWS:
-                few = replace(given, work=replace(given.work, rows=rows))
-                yield from filter(None, [solve_exactly(few, cells(few.work))])
+    if len(given.nodes) > FEW_NODES or given.work.rows > FEW_JOB_ROWS:
+        return
+    for rows in (rows for rows in FEWER_ROWS if rows < given.work.rows):
+        few = replace(given, work=replace(given.work, rows=rows))
+        some = tuple(cell for cell in cells(few.work) if cell.rows > rows // 4)
+        yield from filter(None, [best_rings(few, some)])
 
 
 def _replicated(given: Problem, tried: tuple[Cell, ...], rings: list[Found], plain: Plan) -> Plan:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from planner.cost import Cell
 from planner.exact import best_combination, solve_exactly
 from planner.facts import Cluster, InfeasibleError, Lengths, Link, ModelShape, Node, Workload
+from planner.finish import finish_s
+from planner.grid import cells
 from planner.large import Effort, solve_large
 from planner.problem import judged, problem
-from planner.solve import solve, solve_in_order
+from planner.solve import solve, solve_in_order, suited
 from tests.planner_oracle import best_rate, random_case
 
 GRID = (Cell(1, 1), Cell(4, 2), Cell(16, 8))
@@ -207,3 +209,18 @@ def test_rate_without_output_tokens_beyond_the_first_is_finite() -> None:
     model = ModelShape(4, 1024, 1e9, 1e3, 2, 0.0, 0.0, 1e9)
     plan = solve(Cluster((node,)), model, Workload(9, Lengths(9, 9), Lengths(1, 1)))
     assert math.isfinite(plan.rows_per_s)
+
+
+def test_job_of_few_rows_is_done_sooner_with_fewer_of_them_in_flight() -> None:
+    quick = Node("", 8e13, 2.4e10, 9e11)
+    nodes = tuple(
+        replace(quick, name=f"n{i}", memory_bytes=2.4e10 * (0.7 + 0.05 * i)) for i in range(10)
+    )
+    model = ModelShape(40, 5120, 6.3e8, 20_480.0, 2, 3.3e8, 3.3e8, 6.3e8)
+    work = Workload(100, Lengths(512, 1500), Lengths(128, 400))
+    cluster = Cluster(nodes, (), Link("", "", 0.03, 2e7))
+    facts = problem(cluster, model, work)
+    fastest = suited(facts, cells(work), solve_exactly(facts))
+    plan = solve(cluster, model, work)
+    assert plan.finish_s < 0.95 * finish_s(facts, fastest)
+    assert plan.bound_tokens_per_s >= sum(r.rows_per_s for r in fastest) * work.output_tokens.mean
