@@ -18,7 +18,7 @@ from planner.cost import tokens_per_round
 from planner.facts import Workload
 from planner.plan import Pipeline
 from planner.problem import Problem
-from planner.rounds import steady
+from planner.rounds import round_s, steady
 
 Policy = Literal["worthwhile", "first-free", "ws-rr"]
 POLICIES: tuple[Policy, ...] = ("worthwhile", "first-free", "ws-rr")
@@ -44,14 +44,19 @@ class Pace:
     tokens_per_pass: float
     rows: int
     """Rows in flight at most."""
+    alone_s: float = 0.0
+    """Seconds of one way round with a single row; 0 where it is not known."""
 
-    def service_s(self, tokens: float) -> float:
-        """Seconds of a row of so many output tokens, from its admission on."""
-        return self.pass_s * (1.0 + tokens / self.tokens_per_pass)
+    def service_s(self, tokens: float, held: float = math.inf) -> float:
+        """Seconds of a row of so many output tokens, from its admission on, among so many rows."""
+        full = min(held / self.rows, 1.0) if self.alone_s else 1.0
+        pass_s = self.alone_s + full * (self.pass_s - self.alone_s)
+        return pass_s * (1.0 + tokens / self.tokens_per_pass)
 
     def slower(self, times: float) -> "Pace":
         """The same pipeline where everything takes so many times as long."""
-        return replace(self, row_s=times * self.row_s, pass_s=times * self.pass_s)
+        seconds = {name: times * getattr(self, name) for name in ("row_s", "pass_s", "alone_s")}
+        return replace(self, **seconds)
 
     def with_rows(self, rows: int) -> "Pace":
         """The same with so many rows in flight, each of which takes as long as before."""
@@ -62,7 +67,8 @@ def pace_of(given: Problem, pipeline: Pipeline) -> Pace:
     """A pipeline's pace while rows are left, as planned."""
     full = steady(given, pipeline)
     committed = tokens_per_round(given.work.acceptance, pipeline.draft_len)
-    return Pace(full.row_s, full.round_s, committed, full.rows)
+    alone_s = min(round_s(given, pipeline, 1.0), full.round_s)
+    return Pace(full.row_s, full.round_s, committed, full.rows, alone_s)
 
 
 def long_row_tokens(work: Workload) -> float:
@@ -186,7 +192,8 @@ class Desk:
         """Seconds to the end of a further long row, if a pipeline held so many more before it."""
         pace = self.paces[number]
         before = max(1 + more - self.free(number), 0)
-        return before * pace.row_s + pace.service_s(self.tokens)
+        held = self.held[number] + 1 + more
+        return before * pace.row_s + pace.service_s(self.tokens, held)
 
     def _ended_s(self, numbers: Sequence[int], rows: int) -> float:
         """Seconds in which these pipelines could end so many long rows more; infinite if never.
@@ -195,7 +202,8 @@ class Desk:
         then, and one whenever one of its rows leaves.
         """
         room, rate, begins_s = 0.0, 0.0, 0.0
-        for service_s, n in sorted((self.paces[n].service_s(self.tokens), n) for n in numbers):
+        held = ((n, self.held[n] + rows) for n in numbers)
+        for service_s, n in sorted((self.paces[n].service_s(self.tokens, h), n) for n, h in held):
             room += rate * (service_s - begins_s)
             if room >= rows:
                 return service_s - (room - rows) / rate

@@ -99,3 +99,18 @@ def test_a_pipeline_has_rows_to_begin_for_a_while_and_no_more() -> None:
     assert not desk.runs_low(0)
     assert desk_of(0.1, held=(10,), ahead_s=60.0).room(0) == 10, "never more than are in flight"
     assert desk_of(0.1, held=(10,), ahead_s=0.0).room(0) == 0
+
+
+def test_pipeline_with_few_rows_left_ends_a_further_one_before_a_slow_one_would() -> None:
+    # Full, a round of the quick one takes 1 s; with one row, 0.1 s. 500 tokens are 50 to 500 s of it.
+    quick, slow = Pace(1.0, 1.0, 1.0, 10, alone_s=0.1), Pace(10.0, 0.3, 1.0, 4)
+    desk = Desk(500.0)
+    desk.enter(0, quick)
+    desk.enter(1, slow)
+    desk.held[1] = 4
+    assert desk.taker([0], 30) == 0
+    desk.held[0] = 9
+    assert desk.taker([0], 30) is None
+    assert quick.service_s(500.0) == quick.service_s(500.0, 10) == 501.0
+    assert quick.service_s(9.0, 5) == pytest.approx(5.5)
+    assert quick.slower(2.0).service_s(9.0, 5) == pytest.approx(11.0)
