@@ -9,6 +9,7 @@ the last term being Little's law for the rows that are in flight. A row's life i
 round the ring and `rounds` decode passes.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Flag
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from planner.facts import CodecRate, ModelShape, Node, Workload
 from planner.layer_times import decode_layer_s, head_s, prefill_layer_s
+from planner.lengths import Z95, spread_tokens
 from planner.windows import AHEAD_TOKENS, Window
 
 Floats = NDArray[np.float64]
@@ -88,16 +90,29 @@ def mean_context(work: Workload) -> float:
     return work.prompt_tokens.mean + work.output_tokens.mean / 2.0
 
 
+def kv_tokens(work: Workload, rows: int) -> float:
+    """Tokens that so many rows come to together, except one time in twenty; a shared prefix once.
+
+    n mean + 1.645 sqrt(n) deviation, for few are long at a time: but at least one row at its 95th
+    percentile, and at most all. Where that was too little, a ring has its newest row make way.
+    """
+    parts = work.prompt_tokens, work.output_tokens
+    shared = work.prompt_tokens.mean * work.shared_prefix_fraction
+    longest = sum(lengths.p95 for lengths in parts) - shared
+    together = rows * (sum(lengths.mean for lengths in parts) - shared)
+    together += Z95 * math.sqrt(rows * sum(spread_tokens(lengths) ** 2 for lengths in parts))
+    return shared + min(rows * longest, max(longest, together))
+
+
 def kv_layer_bytes(model: ModelShape, work: Workload, rows: int) -> float:
-    """KV of one layer for so many rows, at their 95th-percentile lengths; a shared prefix once.
+    """KV of one layer for so many rows, of lengths as they come together.
 
     Where some layers keep only a window this is the mean, and their share of a prefix each row's own.
     """
-    shared = work.prompt_tokens.mean * work.shared_prefix_fraction
-    longest = work.prompt_tokens.p95 + work.output_tokens.p95
-    tokens = rows * (longest - shared) + shared
+    tokens = kv_tokens(work, rows)
     if model.window:
         share = model.windowed_layers(0, model.layers) / model.layers
+        longest = work.prompt_tokens.p95 + work.output_tokens.p95
         near = min(longest, Window(model.window, 0).most_tokens(AHEAD_TOKENS))
         tokens = (1.0 - share) * tokens + share * rows * near
     return tokens * model.kv_bytes_per_token_layer

@@ -41,6 +41,20 @@ def _mean_cut(mu: float, sigma: float, most: float) -> float:
     return whole + most * (1.0 - _NORMAL.cdf(beyond))
 
 
+@lru_cache(maxsize=256)
+def spread_tokens(lengths: Lengths) -> float:
+    """The standard deviation: of X cut at m, E[min(X, m)^2] = e^(2 mu + 2 sigma^2) P + m^2 Q."""
+    mu, sigma = lognormal(lengths)
+    if not sigma:
+        return 0.0
+    if math.isinf(lengths.most):
+        return lengths.mean * math.sqrt(math.expm1(sigma**2))
+    beyond = (math.log(lengths.most) - mu) / sigma
+    square = math.exp(2.0 * (mu + sigma**2)) * _NORMAL.cdf(beyond - 2.0 * sigma)
+    square += lengths.most**2 * (1.0 - _NORMAL.cdf(beyond))
+    return math.sqrt(max(square - _mean_cut(mu, sigma, lengths.most) ** 2, 0.0))
+
+
 def longest_tokens(lengths: Lengths, rows: int) -> float:
     """The length that one of so many rows exceeds on average."""
     mu, sigma = lognormal(lengths)

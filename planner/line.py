@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES
+from planner.cost import FRAME_BYTES, ID_BYTES, ROW_BYTES, kv_tokens
 from planner.facts import Workload
 from planner.kv_blocks import BLOCK_TOKENS
 from planner.layer_times import head_s
@@ -191,13 +191,13 @@ def _prefix(work: Workload) -> tuple[int, ...]:
 
 
 def _ring_shape(given: Problem, pipeline: Pipeline, longest: int) -> RingShape:
-    """The ring's settings, as the head gets them: KV blocks for its rows at their 95 % lengths."""
+    """The ring's settings: KV blocks for its rows as the plan has them, each row's last one begun."""
     rows = pipeline.micro_batch_rows * pipeline.in_flight
-    tokens = given.work.prompt_tokens.p95 + given.work.output_tokens.p95
+    blocks = rows + kv_tokens(given.work, rows) // BLOCK_TOKENS
     return RingShape(
         slots=pipeline.in_flight,
         slot_rows=pipeline.micro_batch_rows,
-        blocks=int(max(rows * -(-tokens // BLOCK_TOKENS), -(-longest // BLOCK_TOKENS))),
+        blocks=int(max(blocks, -(-longest // BLOCK_TOKENS))),
         block_tokens=BLOCK_TOKENS,
         step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
     )
