@@ -81,19 +81,28 @@ def check_facts(cluster: Cluster, model: ModelShape, work: Workload) -> None:
 
 
 def smoothed(node: Node) -> Node:
-    """The node with its profile made to rise: more tokens or rows never take less time.
+    """The node with its profile made to rise: more tokens, rows or context never take less time.
 
     A dip in a profile is noise of the measurement, and would make the planner chase it.
     """
     if node.layer_s is None:
         return node
-    prefill = _rising(sorted(node.layer_s.prefill))
-    decode: list[tuple[int, int, float]] = []
-    for context in sorted({c for _, c, _ in node.layer_s.decode}):
-        curve = sorted((r, s) for r, c, s in node.layer_s.decode if c == context)
-        decode.extend((rows, context, s) for rows, s in _rising(curve))
-    head = _rising(sorted(node.layer_s.head))
-    return replace(node, layer_s=LayerTimes(prefill, tuple(sorted(decode)), head))
+    kept = node.layer_s
+    decode = sorted(
+        (rows, context, max(s for r, c, s in kept.decode if r <= rows and c <= context))
+        for rows, context, _ in kept.decode
+    )
+    times = LayerTimes(_rising(sorted(kept.prefill)), tuple(decode), _rising(sorted(kept.head)))
+    return replace(node, layer_s=times)
+
+
+def uneven(node: Node) -> list[str]:
+    """Which of the node's profiles have dips."""
+    old, new = node.layer_s, smoothed(node).layer_s
+    if old is None or new is None:
+        return []
+    kinds = ("prefill", "decode", "head")
+    return [kind for kind in kinds if sorted(getattr(old, kind)) != list(getattr(new, kind))]
 
 
 def _rising(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

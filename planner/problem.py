@@ -7,7 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from planner.chain import Ring, Split, best_split, split_as
-from planner.checks import check_facts, smoothed
+from planner.checks import check_facts, smoothed, uneven
 from planner.cost import Cell, Floats, Ints, Role, StageTable, decode_rounds, stage_table
 from planner.facts import Cluster, ModelShape, Node, Workload
 from planner.network import (
@@ -43,10 +43,10 @@ def problem(cluster: Cluster, model: ModelShape, work: Workload) -> Problem:
     check_facts(cluster, model, work)
     nodes = tuple(smoothed(node) for node in cluster.nodes)
     notes = tuple(
-        f"node {new.name}: its profile was uneven; where more work took less time, the longer time "
-        "before it counts"
-        for old, new in zip(cluster.nodes, nodes, strict=True)
-        if old.layer_s and new.layer_s and sorted(old.layer_s.decode) != list(new.layer_s.decode)
+        f"node {node.name}: its {' and '.join(dips)} profile was uneven; where more work took less "
+        "time, the longer time before it counts"
+        for node in cluster.nodes
+        if (dips := uneven(node))
     )
     cluster = replace(cluster, nodes=nodes)
     return Problem(cluster, model, work, network(cluster), notes)

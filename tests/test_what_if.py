@@ -11,8 +11,9 @@ from planner.advice import advise
 from planner.explain import explain
 from planner.facts import InfeasibleError
 from planner.plan import as_mapping
+from planner.problem import problem
 from planner.solve import solve, solve_in_order
-from planner.what_if import WhatIfError, what_if
+from planner.what_if import WhatIf, WhatIfError, what_if
 
 TEXT = """
 nodes:
@@ -87,14 +88,36 @@ def test_missing_fact_is_named() -> None:
         what_if(given)
 
 
-def test_uneven_profile_is_smoothed_and_the_plan_says_so() -> None:
+@pytest.mark.parametrize(
+    ("kind", "points"),
+    [
+        ("decode", [[1, 512, 0.0012], [8, 512, 0.0009], [32, 512, 0.0011]]),
+        ("decode", [[8, 512, 0.0012], [8, 2048, 0.0009]]),
+        ("prefill", [[128, 0.004], [256, 0.003], [1024, 0.030]]),
+        ("head", [[1, 0.002], [8, 0.001]]),
+    ],
+)
+def test_uneven_profile_is_smoothed_and_the_plan_says_so(
+    kind: str, points: list[list[float]]
+) -> None:
     given = mapping()
-    given["nodes"][0]["layer_s"]["decode"] = [[1, 512, 0.0012], [8, 512, 0.0009], [32, 512, 0.0011]]
+    given["nodes"][0]["layer_s"][kind] = points
     imagined = what_if(given)
     assert imagined.model is not None
     assert imagined.workload is not None
-    plan = solve(imagined.cluster, imagined.model, imagined.workload)
-    assert any("node a: its profile was uneven" in line for line in plan.basis)
+    facts = problem(imagined.cluster, imagined.model, imagined.workload)
+    assert any(f"node a: its {kind} profile was uneven" in line for line in facts.notes)
+    assert facts.nodes[0].layer_s is not None
+    seconds = [point[-1] for point in getattr(facts.nodes[0].layer_s, kind)]
+    assert seconds == sorted(seconds)
+    assert any(line in facts.notes for line in _basis(imagined))
+
+
+def _basis(imagined: WhatIf) -> tuple[str, ...]:
+    assert imagined.model is not None
+    assert imagined.workload is not None
+    facts = imagined.cluster, imagined.model, imagined.workload
+    return solve_in_order(*facts, micro_batch_rows=4, in_flight=4).basis
 
 
 def test_advice_is_what_planning_again_gives() -> None:
