@@ -214,7 +214,7 @@ def _without_certificate(place: tuple[str, int]) -> None:
 def test_a_job_whose_links_and_processes_falter_answers_as_if_they_had_not(tmp_path: Path) -> None:
     write_random_model(tmp_path, "llama", seed=2)
     faults = [
-        (calm, 0.0), (cut_for_5_s, 5.0), (one_way_for_10_s, 10.0), (reset_again_and_again, 4.0),
+        (calm, 0.0), (cut_for_5_s, 5.0), (one_way_for_10_s, 10.0), (reset_again_and_again, 1.0),
         (attacked, 0.0), (repeated_and_stale, 0.0), (bits_flipped, 0.0), (stopped_for_10_s, 10.0),
         (calm, 0.0),
     ]  # fmt: skip
