@@ -350,7 +350,7 @@ class Ring:
 
     def _budget(self, slot_number: int) -> int:
         """Positions that a slot's next step may compute: its rows' decodes, and of the prompts that all
-        slots are at, and those that this one has places for, an even share in whole chunks.
+        slots are at, and those that this one has places for, an even share, rounded to chunks.
 
         So steps are alike, and no stage waits for a fat one; a ring of one slot has no other to wait.
         """
@@ -360,7 +360,7 @@ class Ring:
         if self._queue:
             places = self._target_rows(slot_number) - len(self._slots[slot_number].sequences)
             left += min(self.queued, max(0, places)) * self._sequences[self._queue[0][1]].known
-        chunks = max(1, left // (self._open * CHUNK_TOKENS))
+        chunks = max(1, round(left / (self._open * CHUNK_TOKENS)))
         return min(self.shape.step_tokens, self.shape.slot_rows + chunks * CHUNK_TOKENS)
 
     def _target_rows(self, slot_number: int) -> int:
