@@ -9,7 +9,7 @@ own schedule and our leases (WS-RR with its own routing); where a method says no
 in flight, it is given the best of our grid. Ours is *planned*: the solver's plan, from arithmetic alone;
 or *rehearsed*: the first done of several plans on other rows than those of the race, the quick
 baselines' own among them; or, on every tenth cluster, rehearsed with raw links, as no published method
-has a codec. On every twentieth the integer programs run too, for 20 s each. A race is three such jobs:
+has a codec. On every fifth the integer programs run too, for 20 s each. A race is three such jobs:
 which rows turn out long decides a few per cent of each; a plan that takes twice as long as another runs
 one of them. Time counts from loading to the last row's end.
 """
