@@ -5,7 +5,7 @@ crosses the same links. What a round of n rows takes beyond n / R of a full one'
 the more unequal the rows are, the more such rounds the tail has.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,15 @@ class Course:
 def finish_s(given: Problem, rings: list[Found]) -> float:
     """Seconds until rings that share the rows have answered them all."""
     return together_s(given.work.rows, courses(given, rings))
+
+
+def running_s(given: Problem, rings: list[Found]) -> float:
+    """The same where their shards are loaded already; infinite of no rings."""
+    parts = [
+        replace(part, lost_s=part.lost_s - load_s(given, pipeline_of(given, ring)))
+        for ring, part in zip(rings, courses(given, rings) if rings else [], strict=True)
+    ]
+    return together_s(given.work.rows, parts)
 
 
 def first_done(given: Problem, rings: list[Found]) -> list[Found]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from planner.exact import solve_exactly
 from planner.facts import Cluster, ModelShape, Workload
+from planner.finish import running_s
 from planner.grid import cells
 from planner.infeasible import why_none
 from planner.large import HASTY, solve_large
@@ -39,7 +40,7 @@ class Change:
     finish_s: float
     """Until the remaining rows are answered, all of that included."""
     keep_s: float
-    """The same if the running plan were kept; infinite where it cannot run any more."""
+    """The same if the running plan's pipelines that still can were kept; infinite of none."""
 
     @property
     def pays(self) -> bool:
@@ -61,10 +62,11 @@ def replan(running: Plan, cluster: Cluster, model: ModelShape, remaining: Worklo
     dealt = any(ring.dealt for ring in closed)
     bound = (capped_bound if dealt else compute_bound)(given, tried)
     tries = [alive, patched] if len(closed) == len(alive) else [alive, closed, patched]
-    options = [_change(given, running, rings, bound) for rings in tries if rings]
+    keep_s = running_s(given, alive)
+    options = [_change(given, running, rings, bound, keep_s) for rings in tries if rings]
     if not options or len(given.nodes) <= FRESH_NODES:
         fresh = best_rings(given, tried)
-        options.extend([_change(given, running, fresh, bound)] if fresh else [])
+        options.extend([_change(given, running, fresh, bound, keep_s)] if fresh else [])
     if not options:
         raise why_none(given, tried)
     return min(options, key=lambda change: change.finish_s)
@@ -103,7 +105,9 @@ def _rings_of_the_rest(given: Problem, alive: list[Found]) -> list[Found]:
     return [Found(r.cell, tuple(rest[i] for i in r.order), r.split) for r in rings]
 
 
-def _change(given: Problem, running: Plan, rings: list[Found], bound_rows_per_s: float) -> Change:
+def _change(
+    given: Problem, running: Plan, rings: list[Found], bound_rows_per_s: float, keep_s: float
+) -> Change:
     plan = plan_of(given, rings, bound_rows_per_s)
     load = {
         stage.node: new
@@ -117,8 +121,8 @@ def _change(given: Problem, running: Plan, rings: list[Found], bound_rows_per_s:
     given_up = [p for p in lost if all(stage.node in names for stage in p.stages)]
     # A row given up costs at worst a whole row again; those of dead nodes are lost either way.
     again_s = _rows_in(given_up, given) / plan.rows_per_s
-    finish = load_s + again_s + given.work.rows / plan.rows_per_s
-    return Change(plan, load, load_s, _rows_in(lost, given), finish, _keep_s(given, running))
+    finish = load_s + again_s + running_s(given, rings)
+    return Change(plan, load, load_s, _rows_in(lost, given), finish, keep_s)
 
 
 def _rows_in(pipelines: list[Pipeline], given: Problem) -> int:
@@ -140,9 +144,3 @@ def _kept_layers(running: Plan, stage: StagePlan) -> int:
 def _load_s(given: Problem, name: str, layers: int) -> float:
     disk = given.cluster.node(name).disk_bytes_per_s
     return layers * given.model.layer_bytes / disk if disk > 0 else 0.0
-
-
-def _keep_s(given: Problem, running: Plan) -> float:
-    """Seconds for the remaining rows if nothing changes; only pipelines that still run count."""
-    rate = sum(ring.rows_per_s for ring in rings_of(given, running))
-    return given.work.rows / rate if rate else float("inf")

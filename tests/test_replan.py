@@ -56,3 +56,16 @@ def test_too_few_nodes_left_say_what_is_missing() -> None:
     no_disks = replace(cluster(1).nodes[0], disk_bytes_per_s=0.0)
     with pytest.raises(InfeasibleError, match="memory is short by"):
         replan(before, Cluster((no_disks,), (), LINK), MODEL, WORK)
+
+
+def test_remaining_rows_end_when_the_plan_itself_says_for_shards_that_are_there() -> None:
+    # Disks of unknown rate load in no time: keeping a plan and starting it anew then take the same.
+    ready = replace(
+        cluster(6), nodes=tuple(replace(n, disk_bytes_per_s=0.0) for n in cluster(6).nodes)
+    )
+    few = replace(WORK, rows=60)
+    before = solve(ready, MODEL, few)
+    change = replan(before, ready, MODEL, few)
+    assert change.keep_s == pytest.approx(before.finish_s)
+    assert change.keep_s > 1.2 * few.rows / before.rows_per_s
+    assert change.finish_s <= change.keep_s * (1 + 1e-9)
