@@ -1,26 +1,35 @@
 """What the next best changes to a cluster would bring, each by planning again."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from planner.facts import Cluster, Link, ModelShape, Node, Workload
+from planner.finish import finish_s
 from planner.grid import cells
-from planner.plan import Pipeline, Plan
-from planner.problem import Problem, judged, problem
+from planner.plan import LinkPlan, Pipeline, Plan
+from planner.problem import Found, Problem, judged, problem
 from planner.ring import rings_of
+from planner.rounds import link_part
 from planner.solve import best_rings, suited
+
+MOST_CHANGES = 8
+"""Each is planned for twice, which takes as long as the plan itself or less."""
+WORTH = 0.005
+"""What saves less of the time is not told."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One change and the output tokens per second that the best plan has after it."""
+    """One change, and what the best plan found after it comes to."""
 
     change: str
     tokens_per_s: float
-    gain: float
-    """Fraction above the plan's own speed."""
+    finish_s: float
+    saved: float
+    """Fraction of the plan's own time to finish."""
 
     def __str__(self) -> str:
-        return f"{self.change}: {self.tokens_per_s:.4g} tokens/s ({self.gain:+.0%})"
+        return f"{self.change}: done in {self.finish_s:.4g} s ({-self.saved:+.0%})"
 
 
 def advise(
@@ -28,27 +37,36 @@ def advise(
 ) -> tuple[Advice, ...]:
     """The changes that help most, best first; each is planned for, from this plan on.
 
-    Tried are one more node like the fastest, the widest link of the slowest pipeline twice as
-    fast, and half as much memory again on each node of that pipeline.
+    Tried are one more node like the fastest and, pipeline by pipeline from the slowest, its busiest
+    link twice as fast and half as much memory again on each of its nodes: MOST_CHANGES at most, each
+    solved for twice, and of those the ones that save WORTH of the time.
     """
     given = problem(cluster, model, workload)
-    slowest = max(plan.pipelines, key=lambda pipeline: judged(given, pipeline).split.row_s)
-    changes = [_one_more_node(cluster), *_faster_links(given, slowest)]
-    changes.extend(_more_memory(cluster, stage.node) for stage in slowest.stages)
+    slowest_first = sorted(plan.pipelines, key=lambda each: -judged(given, each).split.row_s)
+    changes = [_one_more_node(cluster)]
+    for pipeline in slowest_first:
+        changes.extend(_faster_links(given, pipeline))
+        changes.extend(_more_memory(cluster, stage.node) for stage in pipeline.stages)
     advice = []
-    for words, changed in changes:
-        again = _tokens_per_s(problem(changed, model, workload), plan)
-        advice.append(Advice(words, again, again / plan.tokens_per_s - 1.0))
-    return tuple(sorted(advice, key=lambda a: -a.tokens_per_s))
+    for words, changed in changes[:MOST_CHANGES]:
+        then = problem(changed, model, workload)
+        again_s, rings = min(
+            ((finish_s(then, rings), rings) for rings in _options(then, plan)), key=lambda o: o[0]
+        )
+        tokens_per_s = sum(ring.rows_per_s for ring in rings) * workload.output_tokens.mean
+        advice.append(Advice(words, tokens_per_s, again_s, 1.0 - again_s / plan.finish_s))
+    return tuple(sorted((a for a in advice if a.saved >= WORTH), key=lambda a: a.finish_s))
 
 
-def _tokens_per_s(given: Problem, plan: Plan) -> float:
-    """What the best plan reaches here; certificates of what no plan would reach are left out."""
-    tried = cells(given.work)
+def _options(given: Problem, plan: Plan) -> Iterator[list[Found]]:
+    """The plan's own rings, the best here, and those with no more rows in flight than the plan has."""
+    known = rings_of(given, plan)
+    yield known
+    most = max(pipeline.micro_batch_rows * pipeline.in_flight for pipeline in plan.pipelines)
     replicate = any(pipeline.replicated for pipeline in plan.pipelines)
-    best = best_rings(given, tried, rings_of(given, plan), replicate=replicate)
-    rings = suited(given, tried, best)
-    return sum(ring.rows_per_s for ring in rings) * given.work.output_tokens.mean
+    tried = cells(given.work)
+    for some in (tried, tuple(cell for cell in tried if most // 4 < cell.rows <= most)):
+        yield suited(given, tried, best_rings(given, some, known, replicate=replicate))
 
 
 def _one_more_node(cluster: Cluster) -> tuple[str, Cluster]:
@@ -77,14 +95,21 @@ def _unused_name(cluster: Cluster, node: Node) -> str:
 
 
 def _faster_links(given: Problem, pipeline: Pipeline) -> list[tuple[str, Cluster]]:
-    """The slowest forward link of a pipeline, twice as fast."""
+    """The busiest forward link of a pipeline, twice as fast."""
     heads = {stage.node for stage in pipeline.ranges[0]}
     forward = [link for link in pipeline.links if link.target not in heads]
     if not forward:
         return []
     at = {node.name: i for i, node in enumerate(given.nodes)}
     rates = given.net.bytes_per_s
-    slowest = min(forward, key=lambda link: float(rates[at[link.source], at[link.target]]))
+    ratio = {name: codec.ratio for name, codec in given.work.codec.items()}
+
+    def takes_s(link: LinkPlan) -> float:
+        """Seconds of one raw byte."""
+        rate = float(rates[at[link.source], at[link.target]]) * ratio.get(link.codec, 1.0)
+        return link_part(pipeline, link) / rate
+
+    slowest = max(forward, key=takes_s)
     old = given.cluster.link(slowest.source, slowest.target)
     if old is None:
         return []
