@@ -174,8 +174,8 @@ class Relay:
         self.reset_after_bytes = 2**62
         self.bits_to_flip = 0
         """In as many of the next pieces that a dialer sends."""
-        self.carried = bytearray()
-        """What the newest connection's dialer has sent, or the first of it."""
+        self._carried: list[bytearray] = []
+        """What each connection's dialer has sent, or the first of it."""
         self._gates: list[threading.Event] = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._ends: list[socket.socket] = []
@@ -186,6 +186,11 @@ class Relay:
     def address(self) -> tuple[str, int]:
         host, port = self._listening.getsockname()
         return host, port
+
+    @property
+    def recorded(self) -> bytes:
+        """What the dialer of some busy connection has sent, or the first of it."""
+        return bytes(max(self._carried, key=len))
 
     def reset(self) -> None:
         """Break every connection at once, as a router that lost its table does."""
@@ -221,8 +226,11 @@ class Relay:
                     near.close()
                     continue
                 self._ends.append(far)
-                self.carried = bytearray()
-                for way in ((near, far, self.there, self.carried), (far, near, self.back, None)):
+                self._carried.append(bytearray())
+                for way in (
+                    (near, far, self.there, self._carried[-1]),
+                    (far, near, self.back, None),
+                ):
                     self._threads.append(threading.Thread(target=self._carry, args=way))
                     self._threads[-1].start()
 

@@ -144,7 +144,7 @@ def stopped_for_10_s(site: Site) -> None:
 def attacked(site: Site) -> None:
     """A recorded connection again, a zombie of an old plan, a member of another run, a stranger."""
     relay, victim = site.relays["n1"], site.spec("n1")
-    recorded = bytes(relay.carried)
+    recorded = relay.recorded
     with socket.create_connection(relay.target) as replaying:
         replaying.sendall(recorded)
         replaying.settimeout(10)
