@@ -37,6 +37,9 @@ FRAME_BYTES = {"12 KiB": 12 * 2**10, "64 KiB": 64 * 2**10, "1 MiB": 2**20}
 ROWS = 32
 MESSAGE_EVERY_S = 0.02
 WARM_UP_RTTS = 25
+LEARNING_S, MEASURED_S = 20.0, 20.0
+"""Until a connection has learned the wire's rate, longest where packets are lost; and two turns, during
+which BBR alone would twice empty the wire."""
 
 
 def run(
@@ -72,8 +75,8 @@ def goodput(folder: FilePath) -> list[Claim]:
                 congestion_control=control,
                 stripes=bundle.stripes,
                 in_turns=bundle.in_turns,
-                warm_up_s=8,
-                measured_s=21,
+                warm_up_s=LEARNING_S,
+                measured_s=MEASURED_S,
             )
             received, sent, carried = run(folder, path, transfer)
             assert sent.congestion_control == control
