@@ -256,6 +256,8 @@ class Connection:
         if packet.kind in PAYLOAD_KINDS:
             counters.payload_bytes_sent += len(packet.payload)
             counters.framing_bytes_sent += len(packet.head)
+        elif packet.kind in TURN_KINDS:
+            counters.framing_bytes_sent += packet.size
         elif packet.kind in ACK_KINDS:
             counters.ack_bytes_sent += packet.size
         else:

@@ -51,10 +51,10 @@ def test_a_stage_holds_as_much_as_it_has_memory_for(tmp_path: Path) -> None:
     write_random_model(tmp_path, "gemma3", seed=4, sliding_window=WINDOW)
     shard = Shard.load(ShardSpec(tmp_path, 0, LAYERS, "float32"))
     asked = RingShape(
-        slots=1, slot_rows=4, blocks=2**14, block_tokens=16, step_tokens=256,
-        window=Window(WINDOW, 2**14),
+        slots=1, slot_rows=4, blocks=2**16, block_tokens=16, step_tokens=256,
+        window=Window(WINDOW, 2**16),
     )  # fmt: skip
-    small = shard.new_cache(2**4, 16, Window(WINDOW, 2**4)).bytes
+    small = shard.new_cache(2**6, 16, Window(WINDOW, 2**6)).bytes
     with spare_memory(600 * small):  # of the 1,024 times as much that is asked for
         cache, held = largest_cache(shard, asked)
         assert 300 * small < cache.bytes < 700 * small

@@ -55,7 +55,8 @@ def test_frames_arrive_whole_and_in_order_whoever_carries_them(
     packets = [step_packet(number, chance.randbytes(size)) for number, size in enumerate(sizes)]
     sent, received = arrive(near, far, packets)
     assert sent.frames_sent == received.frames_received == len(packets)
-    assert sent.control_bytes_sent == PREFIX_BYTES * (len(packets) - 1)
+    framing_bytes = sum(len(packet.head) for packet in packets)
+    assert sent.framing_bytes_sent == framing_bytes + PREFIX_BYTES * (len(packets) - 1)
 
 
 def test_a_broken_connection_is_noticed_when_its_turn_comes(net: Net) -> None:
