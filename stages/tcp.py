@@ -6,7 +6,7 @@ follows the limit down: to 67 of 100 Mbit/s in 25 s, at a round trip of 200 ms. 
 it bulk carried what it does without (91 to 94, and 90 to 92), a message beside it waited a millisecond
 longer, and where packets were lost a limit set before the wire was full kept it from filling, at 55.
 Nor is a long wire emptied every ten seconds, as BBR does to see the least round trip: two connections
-take turns (`turns`). At 200 ms that is worth 4 of 100 Mbit/s, and where the wire is not full, half a
+take turns (`turns`). At 200 ms that is worth 1 to 4 of 100 Mbit/s, and where it is not full, half a
 second of late frames every ten.
 """
 
