@@ -179,7 +179,7 @@ class Relay:
         self._gates: list[threading.Event] = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._ends: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._serve)]
+        self._threads = [threading.Thread(target=self._serve, daemon=True)]
         self._threads[0].start()
 
     @property
@@ -231,7 +231,9 @@ class Relay:
                     (near, far, self.there, self._carried[-1]),
                     (far, near, self.back, None),
                 ):
-                    self._threads.append(threading.Thread(target=self._carry, args=way))
+                    self._threads.append(
+                        threading.Thread(target=self._carry, args=way, daemon=True)
+                    )
                     self._threads[-1].start()
 
     def _carry(
