@@ -5,7 +5,7 @@ neither can drift from the other. Token ids, text and sockets are unknown here.
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import chain
@@ -208,8 +208,6 @@ class Ring:
         self._queue: list[tuple[float, int]] = []
         self._holdings = holdings_of(shape)
         self._growth = _Growth()
-        self._prompts_left = 0
-        """Tokens of their prompts that sequences in slots have still to compute."""
         self._preempted: list[int] = []
         self._next_slot = 0
         self._next_frame = 0
@@ -322,7 +320,7 @@ class Ring:
         self._forget(number)
 
     def _forget(self, number: int) -> None:
-        self._prompts_left -= self._sequences.pop(number).prompt_left
+        del self._sequences[number]
         next(slot for slot in self._slots if number in slot.sequences).sequences.remove(number)
         self._ended.append(number)
 
@@ -356,7 +354,7 @@ class Ring:
         """
         if self._open == 1:
             return self.shape.step_tokens
-        left = self._prompts_left
+        left = sum(self._sequences[number].prompt_left for number in self._in_slots())
         if self._queue:
             places = self._target_rows(slot_number) - len(self._slots[slot_number].sequences)
             left += min(self.queued, max(0, places)) * self._sequences[self._queue[0][1]].known
@@ -421,16 +419,16 @@ class Ring:
                 return added
             waiting = chain.from_iterable(s.sequences for s in self._slots if s.step is None)
             newest = max(each for each in waiting if each not in planned)
-            if newest == number and self._newest() > number:
+            if newest == number and max(self._in_slots()) > number:
                 return None
             self._preempted.append(newest)
             self._leave(newest)
             if newest == number:
                 return None
 
-    def _newest(self) -> int:
-        """The sequence in a slot that came last."""
-        return max(chain.from_iterable(slot.sequences for slot in self._slots))
+    def _in_slots(self) -> Iterator[int]:
+        """Every sequence that is in a slot."""
+        return chain.from_iterable(slot.sequences for slot in self._slots)
 
     def _admit(self, slot: _Slot, budget: int) -> Span | None:
         """Move the queue's first row into the slot, if the budget and the KV blocks allow it.
@@ -449,16 +447,13 @@ class Ring:
             return None
         heappop(self._queue)
         slot.sequences.append(number)
-        self._prompts_left += sequence.prompt_left
         self._compute(span)
         return span
 
     def _compute(self, span: Span) -> tuple[int, ...]:
         """The next frame computes the span; the windowed blocks that are added for it."""
-        end, sequence = span.start + span.tokens, self._sequences[span.sequence]
-        self._prompts_left -= sequence.prompt_left
-        sequence.computed = end
-        self._prompts_left += sequence.prompt_left
+        end = span.start + span.tokens
+        self._sequences[span.sequence].computed = end
         return self._holdings.computes(span.sequence, span.start, end, self._next_frame)
 
 

@@ -20,9 +20,8 @@ from stages.wire import Ack
 
 log = logging.getLogger(__name__)
 
-WORDS_A_PATIENCE = (
-    8  # from an end that is held up; the other takes half of it in silence for a loss
-)
+WORDS_A_PATIENCE = 8
+"""From an end that is held up; the other takes half a patience in silence for a loss."""
 
 
 class Inbox:

@@ -155,7 +155,8 @@ class Connection:
         """
         with contextlib.suppress(OSError):
             moved = [bytes_moved(tls) for tls in self.sockets]
-            return sum(count for count in moved if count is not None) if None not in moved else None
+            told = [count for count in moved if count is not None]
+            return sum(told) if len(told) == len(moved) else None
         return None
 
     def succeed(self, broken: "Connection") -> None:

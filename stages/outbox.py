@@ -24,9 +24,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 20.0  # how long a broken connection may stay away before it counts as down
 REDIAL_PAUSE_S = 0.1
-GLANCES_A_PATIENCE = (
-    8  # at whether anything moves; half of them in vain mean that the route is gone
-)
+GLANCES_A_PATIENCE = 8
+"""At whether anything moves; half of them in vain mean that the route is gone."""
 WINDOW_FRAMES = 256  # their acknowledgements fit any socket's buffer, so neither end waits for both
 
 
@@ -38,8 +37,8 @@ class Outbox:
     which the peer has given credit: what it does not read is not kept here without bound. With
     `redial`, a connection that broke is dialled again for `patience_s` seconds, each call of `redial`
     being one `dial_once`; so is one over which nothing moves for half of them, though frames are under
-    way. When it is down for good, `on_down` is called once from that thread, and
-    every later `put` raises the same error.
+    way. When it is down for good, `on_down` is called once from that thread, and every later `put`
+    raises the same error.
     """
 
     def __init__(

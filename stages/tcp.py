@@ -47,6 +47,7 @@ class Bundle:
 
 BBR_BUNDLE = Bundle(2, in_turns=True)  # at once, they would keep the queue before the wire full
 OTHER_BUNDLE = Bundle(16)
+
 BUFFER_BYTES = 16 * 2**20  # twice what is under way at 500 Mbit/s and a round trip of 130 ms
 
 
