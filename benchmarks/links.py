@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path as FilePath
 
@@ -62,22 +62,21 @@ def _end(wan: Wan, host: str, words: Sequence[str]) -> "subprocess.Popen[bytes]"
     return wan.popen(host, module, stdout=subprocess.PIPE)
 
 
+def bulk(control: str, bundle: Bundle) -> Transfer:
+    """1 MiB frames one after another, over such connections."""
+    return Transfer(
+        payload_bytes=FRAME_BYTES["1 MiB"], rows=ROWS, congestion_control=control,
+        stripes=bundle.stripes, in_turns=bundle.in_turns,
+    )  # fmt: skip
+
+
 def goodput(folder: FilePath) -> list[Claim]:
     """1 MiB frames at a round trip of 200 ms, with losses both ways; and what the wire dropped."""
     claims = []
     for loss in LOSSES:
         for control, bundle in STREAMS:
             path = Path(RATE_BIT_PER_S, 0.100, loss)
-            frame_bytes = FRAME_BYTES["1 MiB"]
-            transfer = Transfer(
-                payload_bytes=frame_bytes,
-                rows=ROWS,
-                congestion_control=control,
-                stripes=bundle.stripes,
-                in_turns=bundle.in_turns,
-                warm_up_s=LEARNING_S,
-                measured_s=MEASURED_S,
-            )
+            transfer = replace(bulk(control, bundle), warm_up_s=LEARNING_S, measured_s=MEASURED_S)
             received, sent, carried = run(folder, path, transfer)
             assert sent.congestion_control == control
             share = 100 * received.goodput_bytes_per_s * 8 / RATE_BIT_PER_S
@@ -113,16 +112,10 @@ def small_delay(folder: FilePath) -> list[Claim]:
         )
         alone, _, _ = run(folder, path, silent)
         for control, bundle in (("bbr", BBR_BUNDLE), ("cubic", Bundle(1))):
-            transfer = Transfer(
-                payload_bytes=FRAME_BYTES["1 MiB"],
-                rows=ROWS,
-                congestion_control=control,
-                stripes=bundle.stripes,
-                in_turns=bundle.in_turns,
-                message_every_s=MESSAGE_EVERY_S,
-                warm_up_s=warm_up_s,
-                measured_s=20,
-            )
+            transfer = replace(
+                bulk(control, bundle),
+                message_every_s=MESSAGE_EVERY_S, warm_up_s=warm_up_s, measured_s=MEASURED_S,
+            )  # fmt: skip
             beside, _, _ = run(folder, path, transfer)
             added_s = beside.message_delay_s - alone.message_delay_s
             where = f"RTT {1e3 * rtt_s:g} ms, {control}"
