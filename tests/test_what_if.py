@@ -9,11 +9,11 @@ import yaml
 
 from planner.advice import advise
 from planner.explain import explain
-from planner.facts import InfeasibleError
+from planner.facts import Cluster, InfeasibleError, ModelShape, Workload
 from planner.plan import as_mapping
 from planner.problem import problem
 from planner.solve import solve, solve_in_order
-from planner.what_if import WhatIf, WhatIfError, what_if
+from planner.what_if import WhatIfError, what_if
 
 TEXT = """
 nodes:
@@ -31,6 +31,14 @@ workload: {rows: 10000, prompt_tokens: {mean: 512, p95: 1500}, output_tokens: {m
 
 def mapping() -> Any:
     return copy.deepcopy(yaml.safe_load(TEXT))
+
+
+def facts_of(given: Any) -> tuple[Cluster, ModelShape, Workload]:
+    """What a whole mapping says."""
+    imagined = what_if(given)
+    assert imagined.model is not None
+    assert imagined.workload is not None
+    return imagined.cluster, imagined.model, imagined.workload
 
 
 def test_every_fact_arrives_with_its_number() -> None:
@@ -102,30 +110,19 @@ def test_uneven_profile_is_smoothed_and_the_plan_says_so(
 ) -> None:
     given = mapping()
     given["nodes"][0]["layer_s"][kind] = points
-    imagined = what_if(given)
-    assert imagined.model is not None
-    assert imagined.workload is not None
-    facts = problem(imagined.cluster, imagined.model, imagined.workload)
-    assert any(f"node a: its {kind} profile was uneven" in line for line in facts.notes)
-    assert facts.nodes[0].layer_s is not None
-    seconds = [point[-1] for point in getattr(facts.nodes[0].layer_s, kind)]
+    posed = problem(*facts_of(given))
+    assert any(f"node a: its {kind} profile was uneven" in line for line in posed.notes)
+    assert posed.nodes[0].layer_s is not None
+    seconds = [point[-1] for point in getattr(posed.nodes[0].layer_s, kind)]
     assert seconds == sorted(seconds)
-    assert any(line in facts.notes for line in _basis(imagined))
-
-
-def _basis(imagined: WhatIf) -> tuple[str, ...]:
-    assert imagined.model is not None
-    assert imagined.workload is not None
-    facts = imagined.cluster, imagined.model, imagined.workload
-    return solve_in_order(*facts, micro_batch_rows=4, in_flight=4).basis
+    basis = solve_in_order(*facts_of(given), micro_batch_rows=4, in_flight=4).basis
+    assert any(line in posed.notes for line in basis)
 
 
 def test_advice_is_what_planning_again_gives() -> None:
-    imagined = what_if(mapping())
-    assert imagined.model is not None
-    assert imagined.workload is not None
-    plan = solve(imagined.cluster, imagined.model, imagined.workload)
-    advice = advise(imagined.cluster, imagined.model, imagined.workload, plan)
+    facts = facts_of(mapping())
+    plan = solve(*facts)
+    advice = advise(*facts, plan)
     assert {a.change for a in advice} >= {"one more node like a"}
     assert [a.finish_s for a in advice] == sorted(a.finish_s for a in advice)
     assert all(a.finish_s < plan.finish_s for a in advice)
@@ -135,10 +132,7 @@ def test_advice_is_what_planning_again_gives() -> None:
 def test_no_advice_is_given_that_brings_nothing() -> None:
     given = mapping()
     given["workload"]["rows"] = 100
-    imagined = what_if(given)
-    assert imagined.model is not None
-    assert imagined.workload is not None
-    facts = imagined.cluster, imagined.model, imagined.workload
+    facts = facts_of(given)
     # Loading and the way of the longest row are all that so few rows wait for.
     assert advise(*facts, solve(*facts)) == ()
 
@@ -146,10 +140,7 @@ def test_no_advice_is_given_that_brings_nothing() -> None:
 def test_plan_says_over_which_plans_and_settings_its_bound_holds() -> None:
     given = mapping()
     given["workload"]["rows"] = 40
-    imagined = what_if(given)
-    assert imagined.model is not None
-    assert imagined.workload is not None
-    facts = imagined.cluster, imagined.model, imagined.workload
+    facts = facts_of(given)
     said = explain(solve(*facts))
     assert "No plan on these nodes without replicas, over the grid below, beats" in said
     assert (
@@ -164,12 +155,7 @@ def test_plan_says_over_which_plans_and_settings_its_bound_holds() -> None:
 
 
 def test_plan_as_json_has_every_setting_under_its_documented_name() -> None:
-    imagined = what_if(mapping())
-    assert imagined.model is not None
-    assert imagined.workload is not None
-    shown = json.loads(
-        json.dumps(as_mapping(solve(imagined.cluster, imagined.model, imagined.workload)))
-    )
+    shown = json.loads(json.dumps(as_mapping(solve(*facts_of(mapping())))))
     assert list(shown) == [
         "pipelines", "rows_per_s", "tokens_per_s", "finish_s", "bound_tokens_per_s", "gap",
         "bound_over", "grid", "binding", "basis",
@@ -185,8 +171,6 @@ def test_plan_as_json_has_every_setting_under_its_documented_name() -> None:
 def test_impossible_facts_are_the_planners_to_refuse() -> None:
     given = mapping()
     given["nodes"][0]["memory_bytes"] = -1
-    imagined = what_if(given)
-    assert imagined.model is not None
-    assert imagined.workload is not None
+    facts = facts_of(given)
     with pytest.raises(InfeasibleError, match="node a: memory_bytes is -1; it cannot be negative"):
-        solve(imagined.cluster, imagined.model, imagined.workload)
+        solve(*facts)
