@@ -3,17 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from planner.exact import EXACT_NODES
 from planner.facts import Cluster, Link, ModelShape, Node, Workload
 from planner.finish import finish_s
 from planner.grid import cells
+from planner.large import HASTY
 from planner.plan import LinkPlan, Pipeline, Plan
 from planner.problem import Found, Problem, judged, problem
 from planner.ring import rings_of
 from planner.rounds import link_part
-from planner.solve import best_rings, suited
+from planner.solve import FEW_JOB_ROWS, best_rings, suited
 
 MOST_CHANGES = 8
-"""Each is planned for twice, which takes as long as the plan itself or less."""
+"""Each is planned for, hastily on many nodes."""
 WORTH = 0.005
 """What saves less of the time is not told."""
 
@@ -38,8 +40,8 @@ def advise(
     """The changes that help most, best first; each is planned for, from this plan on.
 
     Tried are one more node like the fastest and, pipeline by pipeline from the slowest, its busiest
-    link twice as fast and half as much memory again on each of its nodes: MOST_CHANGES at most, each
-    solved for twice, and of those the ones that save WORTH of the time.
+    link twice as fast and half as much memory again on each of its nodes: MOST_CHANGES at most, of which
+    those are told that save WORTH of the time.
     """
     given = problem(cluster, model, workload)
     slowest_first = sorted(plan.pipelines, key=lambda each: -judged(given, each).split.row_s)
@@ -59,14 +61,18 @@ def advise(
 
 
 def _options(given: Problem, plan: Plan) -> Iterator[list[Found]]:
-    """The plan's own rings, the best here, and those with no more rows in flight than the plan has."""
-    known = rings_of(given, plan)
+    """The plan's own rings, the best found from them on, and, where a job of few rows is planned for
+    exactly, those with no more in flight than the plan has."""
+    known, tried = rings_of(given, plan), cells(given.work)
     yield known
     most = max(pipeline.micro_batch_rows * pipeline.in_flight for pipeline in plan.pipelines)
+    grids = [tried]
+    if given.work.rows <= FEW_JOB_ROWS and len(given.nodes) <= EXACT_NODES:
+        grids.append(tuple(cell for cell in tried if most // 4 < cell.rows <= most))
     replicate = any(pipeline.replicated for pipeline in plan.pipelines)
-    tried = cells(given.work)
-    for some in (tried, tuple(cell for cell in tried if most // 4 < cell.rows <= most)):
-        yield suited(given, tried, best_rings(given, some, known, replicate=replicate))
+    for some in grids:
+        found = best_rings(given, some, known, replicate=replicate, effort=HASTY)
+        yield suited(given, tried, found)
 
 
 def _one_more_node(cluster: Cluster) -> tuple[str, Cluster]:

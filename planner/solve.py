@@ -16,7 +16,7 @@ from planner.finish import finish_s, first_done
 from planner.grid import cells, grid_words
 from planner.infeasible import why_in_order, why_none
 from planner.kinds import kinds_of, solve_by_kinds
-from planner.large import solve_large
+from planner.large import Effort, solve_large
 from planner.plan import Plan
 from planner.problem import (
     Found,
@@ -106,19 +106,22 @@ def best_rings(
     start: Sequence[Found] = (),
     *,
     replicate: bool = False,
+    effort: Effort | None = None,
 ) -> list[Found]:
     """Disjoint rings of the greatest total rate, and no certificate; empty if none fits.
 
-    Where the search is not exact it ends no slower than `start`, rings that can run here.
+    Where the search is not exact it ends no slower than `start`, rings that can run here, takes the
+    pains that `effort` says, by default as many as there are nodes for, and looks at the whole grid.
     """
     nodes = len(given.nodes)
     if nodes <= (REPLICA_NODES if replicate else EXACT_NODES):
         return solve_exactly(given, tried, replicate=replicate)
     if replicate:
-        plain = best_rings(given, tried, [ring for ring in start if not ring.dealt])
+        undealt = [ring for ring in start if not ring.dealt]
+        plain = best_rings(given, tried, undealt, effort=effort)
         return with_replicas(given, tried, max(start, plain, key=_rate))
     kinds = kinds_of(given)
-    return solve_by_kinds(given, kinds, tried) if kinds else solve_large(given, start)
+    return solve_by_kinds(given, kinds, tried) if kinds else solve_large(given, start, effort)
 
 
 def suited(given: Problem, tried: tuple[Cell, ...], rings: list[Found]) -> list[Found]:
