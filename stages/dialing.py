@@ -5,7 +5,7 @@ import secrets
 import socket
 import ssl
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from stages.control import Hello, Refused, Welcome, decode
 from stages.errors import (
@@ -76,10 +76,13 @@ def dial_once(
     hellos = [hello.model_copy(update=stream | {"stripe": stripe}) for stripe in range(stripes)]
     with ThreadPoolExecutor(stripes) as pool, contextlib.ExitStack() as undo:
         dialled = [pool.submit(_dialled, trust, peer, address, h, deadline_s) for h in hellos]
+        first, _ = wait(dialled, return_when=FIRST_EXCEPTION)  # others may only time out
         wait(dialled)
         for each in dialled:
             if each.exception() is None:
                 undo.callback(each.result()[0].close)
+        for each in first:
+            each.result()
         sockets, welcomes = zip(*(each.result() for each in dialled), strict=True)
         undo.pop_all()
     incoming = ACK_KINDS | {Kind.REFUSED} if hello.purpose == "data" else CONTROL_KINDS
