@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import statistics
+import struct
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ from stages.wire import StepFrame
 RUN = "links"
 NAMES = ("a", "b")
 DIAL_S = 20.0
+SO_MAX_PACING_RATE = 47  # of Linux; Python has no name for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,8 @@ class Transfer:
     """TLS connections that carry the frames; None for as many as the link takes by itself."""
     in_turns: bool = False
     """Whether these do so one at a time."""
+    held_to_bytes_per_s: float = 0.0
+    """A limit to BBR's own pace, from after the warm-up's first half; 0 for none."""
     message_every_s: float = 0.0
     """0 for no control connection."""
     frame_every_s: float = 0.0
@@ -171,6 +175,9 @@ def send(folder: Path, address: tuple[str, int], transfer: Transfer) -> Sent:
     bundle = None if transfer.stripes is None else Bundle(transfer.stripes, transfer.in_turns)
     connection = dial(trust, "b", address, _hello("a", "data"), DIAL_S, bundle)
     chosen = choose_congestion_control(connection, transfer.congestion_control)
+    if transfer.held_to_bytes_per_s:
+        # Not before BBR knows the wire: it would take the limit for a policer's, and stay below it.
+        threading.Timer(transfer.warm_up_s / 2, _hold, (connection, transfer)).start()
     used_s = _used_s()
     outbox = Outbox(connection, _note_end)
     payload = memoryview(os.urandom(transfer.payload_bytes))
@@ -198,6 +205,12 @@ def choose_congestion_control(connection: Connection, name: str) -> str:
     }
     assert len(held) == 1
     return held.pop().rstrip(b"\0").decode("ascii")
+
+
+def _hold(connection: Connection, transfer: Transfer) -> None:
+    limit = struct.pack("=Q", int(transfer.held_to_bytes_per_s))
+    for tls in connection.sockets:
+        tls.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, limit)
 
 
 def _tell(duplex: Duplex, every_s: float) -> None:
