@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost import Floats, tokens_per_round
+from planner.cost import Floats
 from planner.lengths import survival
 from planner.plan import Pipeline
 from planner.problem import Found, Problem, among, load_s, pass_s, pipeline_of
-from planner.rounds import round_s, steady
+from planner.rounds import round_s, steady, token_s
 
 POINTS = 12
 """Numbers of rows for which a round is costed; between them, it is interpolated."""
@@ -82,17 +82,18 @@ def _course(given: Problem, ring: Found, waves: float) -> Course:
     own, cell = among(given, ring.order), ring.cell
     pipeline = pipeline_of(given, ring)
     full, bare_s = steady(own, pipeline), round_s(own, pipeline, cell.rows)
+    token_bare_s = token_s(own, pipeline, cell.rows)
     left = cell.rows * min(waves, 1.0) * _tail(own, waves, 1.0 - bare_s / full.round_s)
-    tail_s = _rounds_s(own, pipeline, left) / tokens_per_round(own.work.acceptance, cell.draft_len)
-    lost_s = tail_s.sum() - bare_s * left.sum() / cell.rows
+    tail_s = _tokens_s(own, pipeline, left)
+    lost_s = tail_s.sum() - token_bare_s * left.sum() / cell.rows
     first_s = load_s(own, pipeline) + pass_s(own, cell, ring.split.life_s)
     return Course(full.row_s, float(first_s + lost_s), float(tail_s.sum()))
 
 
-def _rounds_s(given: Problem, pipeline: Pipeline, rows: Floats) -> Floats:
-    """Seconds of rounds with these numbers of rows, none with fewer than one."""
+def _tokens_s(given: Problem, pipeline: Pipeline, rows: Floats) -> Floats:
+    """Seconds of a token of each of these numbers of rows, none with fewer than one."""
     counts = np.geomspace(1.0, max(rows.max(initial=1.0), 1.0), POINTS)
-    seconds = [round_s(given, pipeline, n) for n in counts]
+    seconds = [token_s(given, pipeline, n) for n in counts]
     return np.interp(rows, counts, seconds)
 
 

@@ -13,7 +13,7 @@ from planner.leases import pace_of
 from planner.plan import Pipeline
 from planner.prefixes import SHARE_TOKENS
 from planner.problem import Problem
-from planner.rounds import CHUNKS_PER_STEP, stage_step_s
+from planner.rounds import CHUNKS_PER_STEP, draft_costs, stage_step_s
 from planner.schedule import CHUNK_TOKENS, Ring, RingShape, Step
 from planner.ways import Load, way_of
 
@@ -40,6 +40,24 @@ class Flight:
     """When its first token was back."""
 
 
+@dataclass(frozen=True, slots=True)
+class _StepShape:
+    """What a step costs by."""
+
+    decodes: int
+    context: int
+    """Of the rows that decode, in the mean."""
+    prefills: int
+    samples: int
+    width: int
+    """Positions of a row that decodes: its next token's, and its drafts'."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that the LM head sees."""
+        return self.samples + self.decodes * (self.width - 1)
+
+
 class Line:
     """One pipeline: its ring, its frames' way, and the rows it holds; only the run moves it."""
 
@@ -60,8 +78,8 @@ class Line:
         self.wakes_s = float("inf")
         """When it must be looked at again; infinite while nothing can happen."""
         self._prefix = _prefix(given.work)
-        self._accepted = _acceptance(given, pipeline, number)
-        self._takes: dict[tuple[int, int, int, int], tuple[float, ...]] = {}
+        self._drafts = _Drafts(given.work.acceptance, number)
+        self._takes: dict[_StepShape, tuple[float, ...]] = {}
 
     def take(self, flight: Flight) -> None:
         """Queue a row in the ring."""
@@ -79,12 +97,12 @@ class Line:
             self.take(self._resumed(sequence))
         if step is None:
             return None
-        model, width = self.given.model, self.pipeline.draft_len + 1
-        decodes, context, prefills, samples = self._shape(step)
+        shape = self._shape(step)
+        forward = shape.decodes * shape.width + shape.prefills
         load = Load(
-            self._stage_times(decodes, context, prefills, samples),
-            raw_bytes=(decodes * width + prefills) * model.activation_bytes_per_token,
-            id_bytes=ID_BYTES * (decodes * width + samples - decodes),
+            self._stage_times(shape),
+            raw_bytes=forward * self.given.model.activation_bytes_per_token,
+            id_bytes=ID_BYTES * shape.positions,
             header_bytes=FRAME_BYTES + ROW_BYTES * len(step.spans),
         )
         self.way.send(at_s, step, load)
@@ -95,20 +113,22 @@ class Line:
         ended: list[tuple[float, Flight]] = []
         flights = self.flights
         for at_s, step in self.way.back(now_s):
-            done = []
+            done, held, draft_len = [], {}, self.ring.draft_len(step.slot)
             for span in step.spans:
                 if span.samples:
                     flight = flights[span.sequence]
                     if flight.first_s != flight.first_s:  # not a number yet
                         flight.first_s = at_s
                     made = 1
-                    if self._accepted and span.tokens == 1:
-                        made = min(1 + self._accepted.held(), flight.left)
+                    if draft_len and span.decodes:
+                        kept = min(self._drafts.held(draft_len), flight.left - 1)
+                        held[span.sequence] = kept
+                        made += kept
                     flight.left -= made
                     flight.context += made
                     if not flight.left:
                         done.append(span.sequence)
-            self.ring.returned(step.slot, done)
+            self.ring.returned(step.slot, done, held)
             ended.extend((at_s, flights.pop(sequence)) for sequence in done)
         return ended
 
@@ -127,28 +147,24 @@ class Line:
         flight.prompt_tokens = flight.context + 1
         return flight
 
-    def _shape(self, step: Step) -> tuple[int, int, int, int]:
-        """(decoding rows, their mean context, prefill tokens, sampled rows)."""
+    def _shape(self, step: Step) -> _StepShape:
         decodes = total = prefills = samples = 0
         flights = self.flights
         for span in step.spans:
             samples += span.samples
-            if span.tokens == 1 and span.samples:
+            if span.decodes:
                 decodes += 1
                 total += flights[span.sequence].context
             else:
                 prefills += span.tokens
         context = -(-total // (decodes * CONTEXT_GRAIN)) * CONTEXT_GRAIN if decodes else 0
-        return decodes, context, prefills, samples
+        width = self.ring.draft_len(step.slot) + 1
+        return _StepShape(decodes, context, prefills, samples, width)
 
-    def _stage_times(
-        self, decodes: int, context: int, prefills: int, samples: int
-    ) -> tuple[float, ...]:
-        key = (decodes, context, prefills, samples)
+    def _stage_times(self, key: _StepShape) -> tuple[float, ...]:
         if key not in self._takes:
-            positions = samples + decodes * self.pipeline.draft_len
             self._takes[key] = tuple(
-                self._stage_s(i, key) + (self._head_s(i, positions) if samples else 0.0)
+                self._stage_s(i, key) + (self._head_s(i, key.positions) if key.samples else 0.0)
                 for i in range(len(self.nodes))
             )
         return self._takes[key]
@@ -159,29 +175,23 @@ class Line:
         ends = self.pipeline.stages[stage].end_layer == model.layers
         return head_s(self.nodes[stage], model, positions) if ends else 0.0
 
-    def _stage_s(self, stage: int, key: tuple[int, int, int, int]) -> float:
-        decodes, context, prefills, _ = key
+    def _stage_s(self, stage: int, key: _StepShape) -> float:
         node, plan, model = self.nodes[stage], self.pipeline.stages[stage], self.given.model
-        prompt, width = self.given.work.prompt_tokens.mean, self.pipeline.draft_len + 1
-        return stage_step_s(node, plan, model, (decodes, context), (prefills, prompt), width)
+        decodes, prompt = (key.decodes, key.context), self.given.work.prompt_tokens.mean
+        return stage_step_s(node, plan, model, decodes, (key.prefills, prompt), key.width)
 
 
-class _Acceptance:
+class _Drafts:
     """Draws how many drafts hold, by the workload's chances; mutable as its generator is."""
 
     def __init__(self, chances: tuple[float, ...], seed: int) -> None:
         self._all_hold = np.cumprod(chances)
         self._pick = np.random.default_rng(seed)
 
-    def held(self) -> int:
-        """Drafts before the first refused one."""
+    def held(self, draft_len: int) -> int:
+        """Drafts before the first refused one, of so many."""
         # The chance that the first i hold falls with i, so one draw decides all of them.
-        return int(np.count_nonzero(self._all_hold > self._pick.random()))
-
-
-def _acceptance(given: Problem, pipeline: Pipeline, number: int) -> _Acceptance | None:
-    chances = given.work.acceptance[: pipeline.draft_len]
-    return _Acceptance(chances, number) if chances else None
+        return int(np.count_nonzero(self._all_hold[:draft_len] > self._pick.random()))
 
 
 def _prefix(work: Workload) -> tuple[int, ...]:
@@ -200,4 +210,5 @@ def _ring_shape(given: Problem, pipeline: Pipeline, longest: int) -> RingShape:
         blocks=int(max(blocks, -(-longest // BLOCK_TOKENS))),
         block_tokens=BLOCK_TOKENS,
         step_tokens=pipeline.micro_batch_rows + CHUNKS_PER_STEP * CHUNK_TOKENS,
+        drafts=draft_costs(given, pipeline),
     )

@@ -1,6 +1,6 @@
 """Seconds of one way round a ring, with so many rows in its slots and some prompts beside them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,8 +12,11 @@ from planner.cost import (
     decode_rounds,
     mean_context,
     prefill_tokens,
+    tokens_per_round,
 )
+from planner.drafts import DraftCosts
 from planner.facts import ModelShape, Node, Workload
+from planner.grid import DRAFT_LENGTHS
 from planner.layer_times import head_s, step_layer_s
 from planner.lengths import survival
 from planner.plan import LinkPlan, Pipeline, StagePlan
@@ -100,6 +103,30 @@ def steady(given: Problem, pipeline: Pipeline) -> Steady:
     rounds = decodes + prefill_steps(given.work)
     full_s = round_s(given, pipeline, cell.rows * decodes / rounds, cell.rows / rounds)
     return Steady(full_s, rounds, cell.rows)
+
+
+def token_s(given: Problem, pipeline: Pipeline, rows: float) -> float:
+    """Seconds per token of each of so many rows, with as many drafts as are best for them."""
+    drafting = _drafting(given, pipeline).items()
+    chances = given.work.acceptance
+    return min(round_s(given, each, rows) / tokens_per_round(chances, n) for n, each in drafting)
+
+
+def draft_costs(given: Problem, pipeline: Pipeline) -> DraftCosts | None:
+    """What rounds of few and of many rows cost with drafts; None where nothing drafts."""
+    chances = given.work.acceptance
+    if not chances:
+        return None
+    drafting, full = _drafting(given, pipeline), cell_of(pipeline).rows
+    counts = sorted({*(2**i for i in range(full.bit_length())), full})
+    seconds = (tuple(round_s(given, each, rows) for each in drafting.values()) for rows in counts)
+    return DraftCosts(tuple(counts), tuple(drafting), tuple(seconds), chances)
+
+
+def _drafting(given: Problem, pipeline: Pipeline) -> dict[int, Pipeline]:
+    """The pipeline by the numbers of drafts that its ring may come to."""
+    lengths = {n for n in (*DRAFT_LENGTHS, pipeline.draft_len) if n <= len(given.work.acceptance)}
+    return {length: replace(pipeline, draft_len=length) for length in sorted(lengths)}
 
 
 def _stations(

@@ -5,11 +5,12 @@ neither can drift from the other. Token ids, text and sockets are unknown here.
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import chain
 
+from planner.drafts import DraftCosts, Goodput
 from planner.holdings import Holdings
 from planner.prefixes import SHARE_TOKENS
 from planner.windows import Window, Windows
@@ -37,6 +38,11 @@ class Span:
     tokens: int
     samples: bool
     """Whether the last position yields the sequence's next token."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is the one position behind which the next token comes."""
+        return self.samples and self.tokens == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +85,16 @@ class RingShape:
     """KV blocks that every stage of the pipeline holds."""
     block_tokens: int
     step_tokens: int
-    """Positions that one step may compute at most, decodes and prefill chunks together."""
+    """Positions that one step may compute at most, decodes and prefill chunks together; drafts come
+    beside them."""
     most_slots: int = 0
     """Slots that may ever be open, if more than `slots`."""
     window: Window | None = None
     """Of the layers that see a window, where those keep only that."""
     row_blocks: int = 0
     """KV blocks that one row may hold, where those are fewer: some stage parks the others."""
+    drafts: DraftCosts | None = None
+    """Where rows' next tokens are drafted."""
 
     def __post_init__(self) -> None:
         if min(self.slots, self.slot_rows, self.blocks, self.block_tokens) < 1:
@@ -166,6 +175,8 @@ class _Slot:
     sequences: list[int] = field(default_factory=list)
     step: Step | None = None
     """The step in flight; a slot has at most one."""
+    draft_len: int = 0
+    """Tokens that are verified in that step behind each row's next, all drafted."""
 
 
 @dataclass(slots=True)
@@ -208,6 +219,7 @@ class Ring:
         self._queue: list[tuple[float, int]] = []
         self._holdings = holdings_of(shape)
         self._growth = _Growth()
+        self._goodput = Goodput(shape.drafts) if shape.drafts else None
         self._preempted: list[int] = []
         self._next_slot = 0
         self._next_frame = 0
@@ -279,14 +291,30 @@ class Ring:
         known = 0 <= slot_number < len(self._slots)
         return self._slots[slot_number].step if known else None
 
-    def returned(self, slot_number: int, ended: Iterable[int]) -> None:
-        """The slot's step came back: every sampling span grew by a token, `ended` left the ring."""
+    def draft_len(self, slot_number: int) -> int:
+        """Tokens to draft for each row that decodes in the step that a slot has in flight."""
+        return self._slots[slot_number].draft_len
+
+    def returned(
+        self, slot_number: int, ended: Collection[int], held: Mapping[int, int] | None = None
+    ) -> None:
+        """The slot's step came back: every sampling span grew by a token, `ended` left the ring.
+
+        `held` tells of each sequence that had drafts how many of them it keeps beside that token.
+        """
         slot = self._slots[slot_number]
         assert slot.step is not None, "a step returns once"
         for span in slot.step.spans:
             sequence = self._sequences.get(span.sequence)
-            if sequence is not None:  # else it had to leave while the step was on its way
-                sequence.known += span.samples
+            if sequence is None:
+                continue  # it had to leave while the step was on its way
+            sequence.known += span.samples
+            if self._goodput and slot.draft_len and span.decodes:
+                kept = (held or {}).get(span.sequence, 0)
+                sequence.known += kept
+                sequence.computed += kept
+                if span.sequence not in ended:  # else its end may have cut them off
+                    self._goodput.saw(slot.draft_len, kept)
         slot.step = None
         for number in ended:
             sequence = self._sequences[number]
@@ -326,6 +354,7 @@ class Ring:
 
     def _fill(self, number: int, slot: _Slot) -> Step | None:
         budget = self._budget(number)
+        slot.draft_len = self._goodput.draft_len(self.live) if self._goodput else 0
         spans, grants = self._go_on(slot, budget)
         budget -= sum(span.tokens for span in spans)
         blocks = sum(len(grant.blocks) for grant in grants)
@@ -391,16 +420,35 @@ class Ring:
             span = _span(number, self._sequences[number], budget)
             if span is None:
                 continue
-            added = self._make_room(number, span.start + span.tokens, planned)
+            added = self._room_to_draft(slot, span)
+            if added is None:
+                added = self._make_room(number, span.start + span.tokens, planned)
             if added is None:
                 continue
-            added += self._compute(span)
+            added += self._compute(slot, span)
             if added:
                 grants.append(Grant(number, added))
             spans.append(span)
             planned.add(number)
             budget -= span.tokens
         return spans, grants
+
+    def _room_to_draft(self, slot: _Slot, span: Span) -> tuple[int, ...] | None:
+        """Blocks added for the drafts behind a decode; None if it has none, or too few are free.
+
+        Nobody makes way for drafts: where memory is short, the slot's rows do without.
+        """
+        if not (slot.draft_len and span.decodes):
+            return None
+        added = self._holdings.extend(span.sequence, self._reach(slot, span))
+        if added is None:
+            slot.draft_len = 0
+        return added
+
+    def _reach(self, slot: _Slot, span: Span) -> int:
+        """The end of what a step computes of a sequence, drafts included."""
+        drafts = slot.draft_len if span.decodes else 0
+        return min(span.start + span.tokens + drafts, self._sequences[span.sequence].limit)
 
     def _decodes_first(self, number: int) -> tuple[bool, int]:
         sequence = self._sequences[number]
@@ -447,13 +495,13 @@ class Ring:
             return None
         heappop(self._queue)
         slot.sequences.append(number)
-        self._compute(span)
+        self._compute(slot, span)
         return span
 
-    def _compute(self, span: Span) -> tuple[int, ...]:
+    def _compute(self, slot: _Slot, span: Span) -> tuple[int, ...]:
         """The next frame computes the span; the windowed blocks that are added for it."""
-        end = span.start + span.tokens
-        self._sequences[span.sequence].computed = end
+        self._sequences[span.sequence].computed = span.start + span.tokens
+        end = self._reach(slot, span)
         return self._holdings.computes(span.sequence, span.start, end, self._next_frame)
 
 
