@@ -77,7 +77,7 @@ def _entered(blocks: KvBlocks, shape: Shape, rows: Sequence[int]) -> int:
     ring = RingShape(SLOTS, SLOT_ROWS, blocks.whole, BLOCK_TOKENS, STEP_TOKENS, window=kept)
     holdings = holdings_of(ring)
     for number, tokens in enumerate(rows):
-        if not holdings.enter(number, tokens, math.ceil(0.75 * tokens), ()):
+        if not holdings.enter(number, tokens, tokens, math.ceil(0.75 * tokens), ()):
             return number
     raise AssertionError("there are more rows than the pool holds")
 

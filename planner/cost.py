@@ -16,9 +16,10 @@ from enum import Flag
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.admission import GROWTH_TOKENS
 from planner.facts import CodecRate, ModelShape, Node, Workload
 from planner.layer_times import decode_layer_s, head_s, prefill_layer_s
-from planner.lengths import Z95, spread_tokens
+from planner.lengths import Z95, apart, met_tokens, spread_tokens
 from planner.windows import AHEAD_TOKENS, Window
 
 Floats = NDArray[np.float64]
@@ -91,17 +92,24 @@ def mean_context(work: Workload) -> float:
 
 
 def kv_tokens(work: Workload, rows: int) -> float:
-    """Tokens that so many rows come to together, except one time in twenty; a shared prefix once.
+    """Tokens that so many rows hold together at most, except one time in twenty; a shared prefix once.
 
     n mean + 1.645 sqrt(n) deviation, for few are long at a time: but at least one row at its 95th
-    percentile, and at most all. Where that was too little, a ring has its newest row make way.
+    percentile, and at most all. Where that was too little, a ring has its newest row make way. Rows of
+    one age all come to their ends; those that came as others ended are met anywhere on their way.
     """
-    parts = work.prompt_tokens, work.output_tokens
-    shared = work.prompt_tokens.mean * work.shared_prefix_fraction
-    longest = sum(lengths.p95 for lengths in parts) - shared
-    together = rows * (sum(lengths.mean for lengths in parts) - shared)
-    together += Z95 * math.sqrt(rows * sum(spread_tokens(lengths) ** 2 for lengths in parts))
-    return shared + min(rows * longest, max(longest, together))
+    prompts, outputs = work.prompt_tokens, work.output_tokens
+    shared = prompts.mean * work.shared_prefix_fraction
+    longest = prompts.p95 + outputs.p95 - shared
+
+    def together(made: float, spread: float) -> float:
+        deviation = math.sqrt(rows * (spread_tokens(prompts) ** 2 + spread**2))
+        return rows * (prompts.mean - shared + made) + Z95 * deviation
+
+    at_ends = together(outputs.mean, spread_tokens(outputs))
+    on_their_way = together(*met_tokens(outputs)) + rows * GROWTH_TOKENS / 2.0
+    saved = max(0.0, at_ends - on_their_way) * apart(outputs, work.rows / rows)
+    return shared + min(rows * longest, max(longest, at_ends - saved))
 
 
 def kv_layer_bytes(model: ModelShape, work: Workload, rows: int) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.cost import Floats
-from planner.lengths import survival
+from planner.lengths import apart, survival
 from planner.plan import Pipeline
 from planner.problem import Found, Problem, among, load_s, pass_s, pipeline_of
 from planner.rounds import round_s, steady, token_s
@@ -100,15 +100,10 @@ def _tokens_s(given: Problem, pipeline: Pipeline, rows: Floats) -> Floats:
 def _tail(given: Problem, waves: float, prefilling: float) -> Floats:
     """The share of a ring's rows that still decode after each token of its tail.
 
-    In a job of one wave all rows start together, and those left are those that are longer. Later ones
-    start as others end, and what is left of them is what is left of rows met at random; how near a
-    job comes to that, unequal rows and the prefills that keep rows apart decide.
+    Those left of rows that started together are those that are longer; of rows met at random, what is
+    left of them.
     """
     longer = survival(given.work.output_tokens, given.work.rows)
-    mean, ages = longer.sum(), np.arange(len(longer))
-    met = np.cumsum(longer[::-1])[::-1] / mean
-    unequal = max(float((2 * ages + 1) @ longer) / mean**2 - 1.0, 0.0)
-    # Starts that are spread evenly over a row's life have a variance of a twelfth of its square.
-    apart = min((12.0 * waves * unequal + prefilling**2) ** 0.5, 1.0)
-    apart *= min(max(waves - 1.0, 0.0), 1.0)
-    return np.asarray(apart * met + (1.0 - apart) * longer, np.float64)
+    met = np.cumsum(longer[::-1])[::-1] / longer.sum()
+    spread = apart(given.work.output_tokens, waves, prefilling)
+    return np.asarray(spread * met + (1.0 - spread) * longer, np.float64)

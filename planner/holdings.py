@@ -46,12 +46,21 @@ class Holdings:
         """Blocks that a sequence of so many tokens fills."""
         return -(-tokens // self.block_tokens)
 
-    def room_for(self, tokens: int, prompt: int) -> int:
-        """How many sequences of so many tokens, `prompt` of them known, could enter now."""
+    def room_for(self, tokens: int, ends: int, prompt: int) -> int:
+        """How many sequences that are given room for so many tokens, and come to `ends`, could enter."""
         rows = self.free_blocks // self.blocks_for(tokens)
         if self.windows is None:
             return rows
-        return min(rows, self.windows.unreserved_blocks // self.windows.wanted(tokens, prompt))
+        return min(rows, self.windows.unreserved_blocks // self.windows.wanted(ends, prompt))
+
+    def own_blocks(self, number: int) -> int:
+        """A sequence's blocks that it shares with no other."""
+        each = SHARE_TOKENS // self.block_tokens
+        return len(self._of[number].blocks) - each * len(self._of[number].shared)
+
+    def shared_tokens(self, number: int) -> int:
+        """Tokens of a sequence that lie in blocks which others may use too."""
+        return SHARE_TOKENS * len(self._of[number].shared)
 
     def cached(self, marks: tuple[int, ...]) -> int:
         """The leading tokens of a sequence with these marks that others have computed."""
@@ -60,14 +69,17 @@ class Holdings:
             units = self.windows.usable(marks[:units])
         return units * SHARE_TOKENS
 
-    def enter(self, number: int, tokens: int, prompt: int, marks: tuple[int, ...]) -> bool:
+    def enter(
+        self, number: int, tokens: int, ends: int, prompt: int, marks: tuple[int, ...]
+    ) -> bool:
         """Give a sequence room for so many tokens, `prompt` of them known, and what is cached of it.
 
-        False, and nothing is given, if too few blocks are free.
+        Windowed blocks are reserved for all that it may come to, its `ends`. False, and nothing is
+        given, if too few blocks are free.
         """
         units = self.cached(marks) // SHARE_TOKENS
         if self.windows is not None and not self.windows.enter(
-            number, tokens, prompt, marks, units
+            number, max(tokens, ends), prompt, marks, units
         ):
             return False
         blocks = tuple(chain.from_iterable(self._prefixes.hold(marks[:units])))
@@ -85,18 +97,22 @@ class Holdings:
         windowed = () if self.windows is None else self.windows.blocks(number)
         return self._of[number].blocks + windowed
 
-    def extend(self, number: int, tokens: int) -> tuple[int, ...] | None:
-        """Blocks added so that so many tokens have room; None if too few are free."""
+    def extend(self, number: int, tokens: int, better: int) -> tuple[int, ...] | None:
+        """Blocks added so that so many tokens have room, or even `better` if it must be some; None if
+        too few are free."""
         holding = self._of[number]
-        missing = self.blocks_for(tokens) - len(holding.blocks)
-        if missing <= 0:
+        if self.blocks_for(tokens) <= len(holding.blocks):
             return ()
-        if self.windows is not None and not self.windows.extend(number, tokens):
-            return None
-        added = self._prefixes.take(missing)
-        if added is not None:
-            holding.blocks += added
-        return added
+        for wanted in (better, tokens):
+            missing = self.blocks_for(wanted) - len(holding.blocks)
+            if missing <= self.free_blocks and (
+                self.windows is None or self.windows.extend(number, wanted)
+            ):
+                added = self._prefixes.take(missing)
+                assert added is not None, "so many are free"
+                holding.blocks += added
+                return added
+        return None
 
     def computes(self, number: int, start: int, end: int, frame: int) -> tuple[int, ...]:
         """A frame is to compute positions [start, end): units of the prompt that this completes

@@ -71,3 +71,25 @@ def survival(lengths: Lengths, rows: int) -> NDArray[np.float64]:
         return np.ones(len(ends))
     longer = (1.0 - _NORMAL.cdf((math.log(j) - mu) / sigma) for j in ends[1:])
     return np.array([1.0, *longer])
+
+
+def met_tokens(lengths: Lengths) -> tuple[float, float]:
+    """How far rows met at random are, where others come as they end: the mean, and the deviation.
+
+    E[X^2] / 2 E[X], and by E[X^3] / 3 E[X]; the third moment as of one that is not cut.
+    """
+    mean, varied = lengths.mean, 1.0 + (spread_tokens(lengths) / lengths.mean) ** 2
+    met = mean * varied / 2.0
+    return met, math.sqrt(mean**2 * varied**3 / 3.0 - met**2)
+
+
+def apart(lengths: Lengths, waves: float, prefilling: float = 0.0) -> float:
+    """How near rows are to being met at random: 0 if all start together, 1 at the most.
+
+    In a job of one wave all rows start together. Later ones start as others end; how far that spreads
+    them, unequal rows and the share of the time in which prompts are prefilled decide.
+    """
+    unequal = (spread_tokens(lengths) / lengths.mean) ** 2
+    # Starts that are spread evenly over a row's life have a variance of a twelfth of its square.
+    spread = min(math.sqrt(12.0 * waves * unequal + prefilling**2), 1.0)
+    return spread * min(max(waves - 1.0, 0.0), 1.0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import chain
 
+from planner.admission import GROWTH_TOKENS, Growth, rows_that_fit
 from planner.drafts import DraftCosts, Goodput
 from planner.holdings import Holdings
 from planner.prefixes import SHARE_TOKENS
@@ -23,8 +24,8 @@ MAX_STEP_BLOCKS = 2**14
 MAX_STEP_ENDED = 4096
 FEWER = 7 / 8
 """Share of its KV blocks that a ring is left with where a stage has no memory for all of them."""
-LEARNED_ROWS = 64
-"""Rows that must have ended before their lengths count for those to come."""
+SPARE = 1.25
+"""Of what a row is expected to make, how much it has room for from its beginning on, memory allowing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,16 @@ class _Sequence:
     """Positions whose keys and values are cached, or will be when the step in flight is back."""
 
     @property
+    def made(self) -> int:
+        """Tokens made since it came."""
+        return self.known - self.entered
+
+    @property
+    def allowed(self) -> int:
+        """Tokens that it may make in all, counted likewise."""
+        return self.limit - self.entered
+
+    @property
     def prompt_left(self) -> int:
         """Tokens that it came with and that no step has computed yet."""
         return max(0, self.entered - self.computed)
@@ -177,31 +188,6 @@ class _Slot:
     """The step in flight; a slot has at most one."""
     draft_len: int = 0
     """Tokens that are verified in that step behind each row's next, all drafted."""
-
-
-@dataclass(slots=True)
-class _Growth:
-    """How much of what they may make rows do make: learned from those that have ended."""
-
-    rows: int = 0
-    made: int = 0
-    allowed: int = 0
-
-    def saw(self, made: int, allowed: int) -> None:
-        """A row has ended after so many tokens of the allowed ones."""
-        self.rows += 1
-        self.made += made
-        self.allowed += allowed
-
-    def expected(self, sequence: _Sequence) -> int:
-        """Tokens that a sequence is given room for: a quarter above the average, its limit at most.
-
-        Short rows end first, so nothing is concluded from a few.
-        """
-        if self.rows < LEARNED_ROWS:
-            return sequence.limit
-        share = min(1.0, 1.25 * self.made / self.allowed)
-        return sequence.entered + math.ceil(share * (sequence.limit - sequence.entered))
 
 
 class Ring:
@@ -218,7 +204,9 @@ class Ring:
         self._sequences: dict[int, _Sequence] = {}
         self._queue: list[tuple[float, int]] = []
         self._holdings = holdings_of(shape)
-        self._growth = _Growth()
+        self._growth = Growth()
+        self._places: int | None = None
+        """Rows like the queue's first that may still enter; None until it is asked again."""
         self._goodput = Goodput(shape.drafts) if shape.drafts else None
         self._preempted: list[int] = []
         self._next_slot = 0
@@ -247,6 +235,7 @@ class Ring:
     def open(self, slots: int) -> None:
         """Have rows enter that many slots; in others those that are there stay until they end."""
         self._open = min(max(1, slots), self.shape.capacity)
+        self._places = None
 
     def enqueue(
         self, sequence: int, known_tokens: int, limit_tokens: int, marks: tuple[int, ...] = ()
@@ -260,6 +249,7 @@ class Ring:
         assert len(marks) * SHARE_TOKENS < known_tokens, "a sequence computes its last token itself"
         self._sequences[sequence] = _Sequence(known_tokens, limit_tokens, known_tokens, marks)
         rounds = most_rounds(known_tokens, limit_tokens - known_tokens)
+        self._places = None
         heappush(self._queue, (-rounds, sequence))
 
     def withdraw(self, count: int, among: Container[int]) -> list[int]:
@@ -318,7 +308,7 @@ class Ring:
         slot.step = None
         for number in ended:
             sequence = self._sequences[number]
-            self._growth.saw(sequence.known - sequence.entered, sequence.limit - sequence.entered)
+            self._growth.saw(sequence.made, sequence.allowed)
             self._leave(number)
 
     def failed(self, slot_number: int) -> tuple[int, ...]:
@@ -348,6 +338,7 @@ class Ring:
         self._forget(number)
 
     def _forget(self, number: int) -> None:
+        self._places = None
         del self._sequences[number]
         next(slot for slot in self._slots if number in slot.sequences).sequences.remove(number)
         self._ended.append(number)
@@ -397,16 +388,68 @@ class Ring:
         rows = self.live + self.queued
         if self._queue:
             # Where memory is short, the rows that it holds spread evenly, not the slots' capacity.
-            first = self._sequences[self._queue[0][1]]
-            room = self._holdings.room_for(self._growth.expected(first), first.known)
-            rows = min(rows, self.live + room)
+            rows = min(rows, self.live + self._room())
         return min(self.shape.slot_rows, -(-rows // self._open))
+
+    def _room(self) -> int:
+        """How many rows like the queue's first could enter now, so that all come to their end."""
+        if self._places is None:
+            self._places = self._count_places(self._sequences[self._queue[0][1]])
+        return self._places
+
+    def _count_places(self, first: _Sequence) -> int:
+        cached, ends = self._holdings.cached(first.marks), self._ends(first)
+        own = self._tokens_for(first) - cached
+        places = self._holdings.room_for(own, ends, first.known)
+        if self._ample(first) or not places:
+            return places
+        room, to_the_end = self._holdings.free_blocks, self._holdings.free_blocks
+        held: list[float] = []
+        left: list[int] = []
+        for number in self._in_slots():
+            each, own_blocks = self._sequences[number], self._holdings.own_blocks(number)
+            shared = self._holdings.shared_tokens(number)
+            left.append(self._ends(each) - each.known)
+            held.append(each.known - shared + self._unused(left[-1]))
+            room += own_blocks
+            to_the_end -= max(0, self.shape.blocks_for(self._ends(each) - shared) - own_blocks)
+        now, more = first.known - cached, ends - first.known
+        fitting = rows_that_fit(
+            room * self.shape.block_tokens, held, left, now + self._unused(more), more
+        )
+        # If each has room to its end, nothing needs to be foreseen.
+        return min(places, max(fitting, to_the_end // self.shape.blocks_for(now + more)))
+
+    def _unused(self, more: int) -> float:
+        """Tokens for which a row that makes so many more has blocks too early, in the mean."""
+        return (self.shape.block_tokens + min(GROWTH_TOKENS, more)) / 2
+
+    def _ends(self, sequence: _Sequence) -> int:
+        """Tokens that a sequence is expected to come to."""
+        made = self._growth.expected(sequence.made, sequence.allowed)
+        return sequence.entered + math.ceil(made)
+
+    def _ample(self, sequence: _Sequence) -> bool:
+        """Whether there is memory for as many sequences like this as may be in flight, to their end."""
+        rows = self._open * self.shape.slot_rows
+        return self.shape.blocks >= rows * self.shape.blocks_for(self._spacious(sequence))
+
+    def _spacious(self, sequence: _Sequence) -> int:
+        made = SPARE * self._growth.expected(sequence.made, sequence.allowed)
+        return min(sequence.entered + math.ceil(made), sequence.limit)
+
+    def _tokens_for(self, sequence: _Sequence) -> int:
+        """Tokens that a sequence is given room for as it enters: likely all that it comes to, so that
+        most of its blocks lie side by side; where memory is short for that, some, and more later."""
+        if self._ample(sequence):
+            return self._spacious(sequence)
+        return min(sequence.known + GROWTH_TOKENS, self._ends(sequence))
 
     def _wanted_blocks(self) -> int:
         """Blocks that the queue's first row would be granted at most."""
         sequence = self._sequences[self._queue[0][1]]
         kinds = 1 if self.shape.window is None else 2
-        return kinds * self.shape.blocks_for(self._growth.expected(sequence))
+        return kinds * self.shape.blocks_for(max(self._tokens_for(sequence), self._ends(sequence)))
 
     def _go_on(self, slot: _Slot, budget: int) -> tuple[list[Span], list[Grant]]:
         """Spans of the rows already in the slot: decodes first, then prompts, within the budget;
@@ -440,7 +483,8 @@ class Ring:
         """
         if not (slot.draft_len and span.decodes):
             return None
-        added = self._holdings.extend(span.sequence, self._reach(slot, span))
+        reach = self._reach(slot, span)
+        added = self._holdings.extend(span.sequence, reach, reach)
         if added is None:
             slot.draft_len = 0
         return added
@@ -461,8 +505,9 @@ class Ring:
         sequence waits for a round; or if it is itself the newest, and has made way. The oldest of all
         therefore never does, and gets on.
         """
+        better = max(tokens, min(tokens + GROWTH_TOKENS, self._ends(self._sequences[number])))
         while True:
-            added = self._holdings.extend(number, tokens)
+            added = self._holdings.extend(number, tokens, better)
             if added is not None:
                 return added
             waiting = chain.from_iterable(s.sequences for s in self._slots if s.step is None)
@@ -481,19 +526,23 @@ class Ring:
     def _admit(self, slot: _Slot, budget: int) -> Span | None:
         """Move the queue's first row into the slot, if the budget and the KV blocks allow it.
 
-        Nobody overtakes it: a long row would starve behind short ones. It gets the blocks that it is
-        expected to need, at once, so that most lie side by side.
+        Nobody overtakes it: a long row would starve behind short ones.
         """
         number = self._queue[0][1]
         sequence = self._sequences[number]
-        room = self._growth.expected(sequence)
+        if not self._room():
+            return None
+        tokens, ends = self._tokens_for(sequence), self._ends(sequence)
         # Whoever enters may take the room of beginnings that nobody uses, so it must have a span.
         sequence.computed = self._holdings.cached(sequence.marks)
         span = _span(number, sequence, budget)
-        if span is None or not self._holdings.enter(number, room, sequence.known, sequence.marks):
+        if span is None or not self._holdings.enter(
+            number, tokens, ends, sequence.known, sequence.marks
+        ):
             sequence.computed = 0
             return None
         heappop(self._queue)
+        self._places = None
         slot.sequences.append(number)
         self._compute(slot, span)
         return span

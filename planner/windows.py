@@ -133,7 +133,7 @@ class Windows:
         reserved = max(kept.reserved, self.wanted(tokens, 0))
         if reserved - kept.reserved > self._unreserved:
             return False
-        kept.room = self._blocks_for(tokens)
+        kept.room = max(kept.room, self._blocks_for(tokens))
         self._reserve(kept, reserved)
         return True
 

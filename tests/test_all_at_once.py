@@ -75,7 +75,7 @@ def test_all_that_saves_memory_and_time_changes_no_token(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, said, ring = written(tmp_path, family)
-    monkeypatch.setattr("planner.schedule.LEARNED_ROWS", 2)
+    monkeypatch.setattr("planner.admission.LEARNED_ROWS", 2)
     monkeypatch.setattr("flows.launch.PACE_EVERY_S", 0.1)
     stages: list[StageCompute] = []
 
@@ -93,7 +93,7 @@ def test_two_pipelines_with_all_that_saves_memory_say_what_one_process_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, said, ring = written(tmp_path, "llama")
-    monkeypatch.setattr("planner.schedule.LEARNED_ROWS", 2)
+    monkeypatch.setattr("planner.admission.LEARNED_ROWS", 2)
     stages: list[StageCompute] = []
 
     def load(spec: StageSpec) -> StageCompute:

@@ -82,7 +82,7 @@ def test_parking_changes_no_token_of_rows_that_share_make_way_and_are_halved(
         calm_ring = windowed_settings(1, 18, blocks=400, window=WINDOW, rows=5)
         ring = windowed_settings(4, 3, blocks=32, window=WINDOW, rows=4)
     calm = answers(tmp_path, rows, plan_of(LAYERS, 1), calm_ring)
-    monkeypatch.setattr("planner.schedule.LEARNED_ROWS", 2)
+    monkeypatch.setattr("planner.admission.LEARNED_ROWS", 2)
     stopped = with_stops(rows, calm)
     # A row may hold 16 blocks, and the frames are no more: many a slot is computed in parts.
     found, parkings, replayed = said(tmp_path, stopped, parked(2), ring, limit=140)

@@ -205,7 +205,7 @@ def test_every_row_sees_its_own_tokens_whatever_is_shared_preempted_or_lost(
     rows = family_of(seed, drawn)
     rehearsal = Rehearsal(rows, depth, losses, shape)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("planner.schedule.LEARNED_ROWS", 3)  # so that few rows teach something
+        patched.setattr("planner.admission.LEARNED_ROWS", 3)  # so that few rows teach something
         rehearsal.play()
     assert len(rehearsal.finished) == len(rows)
     assert rehearsal.ring.live == rehearsal.ring.queued == rehearsal.ring.in_flight == 0
@@ -234,7 +234,7 @@ def test_a_beginning_is_shared_while_the_window_before_its_end_is_kept() -> None
         """Of a row that comes, is computed and leaves: tokens that it found."""
         number = next(numbers)
         found = holdings.cached(marks(ids))
-        assert holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
+        assert holdings.enter(number, len(ids) + 20, len(ids) + 20, len(ids), marks(ids))
         for start, end in ((0, CHUNK_TOKENS), (CHUNK_TOKENS, len(ids))):
             if end > found:
                 holdings.computes(number, max(start, found), end, frame=number)
@@ -255,7 +255,7 @@ def test_who_builds_on_a_window_that_was_lost_leaves_though_the_rest_was_there_b
 
     def enters(number: int, ids: list[int], frame: int) -> int:
         found = holdings.cached(marks(ids))
-        assert holdings.enter(number, len(ids) + 20, len(ids), marks(ids))
+        assert holdings.enter(number, len(ids) + 20, len(ids) + 20, len(ids), marks(ids))
         for start in range(found, len(ids), CHUNK_TOKENS):
             holdings.computes(number, start, min(start + CHUNK_TOKENS, len(ids)), frame)
         return found
@@ -297,9 +297,10 @@ def test_more_rows_fit_where_they_share() -> None:
         Rehearsal([Row([own * i, *beginning, *[i] * 60], 20, 20) for i in range(12)], 3, set())
         for own in (1, 0)
     ]
-    for rehearsal, most in ((alone, 4), (together, 9)):
+    for rehearsal in (alone, together):
         rehearsal.play()
-        assert rehearsal.most_live == most
+    assert alone.most_live == 4
+    assert together.most_live >= 9
 
 
 def test_rows_that_end_early_leave_room_and_a_wrong_guess_costs_a_replay() -> None:

@@ -243,7 +243,7 @@ def test_rows_that_outgrow_the_memory_they_were_expected_to_need_are_replayed(
     ]
     calm = answers(tmp_path, rows, plan_of(LAYERS, 1), ring_settings(1, 24))
     assert sum(answer.output_tokens < 100 for answer in calm.values()) > 4
-    monkeypatch.setattr("planner.schedule.LEARNED_ROWS", 4)
+    monkeypatch.setattr("planner.admission.LEARNED_ROWS", 4)
     tight = ring_settings(2, 6).model_copy(update={"blocks": 24})
     found = answers(tmp_path, rows, plan_of(LAYERS, 2), tight)
     assert {n: (a.text, a.output_tokens) for n, a in found.items()} == {

@@ -200,7 +200,7 @@ def test_the_oldest_row_never_makes_way_and_all_come_to_their_end(
     """Rows may make 120 tokens, and the first that end make few: more enter than there is room for."""
     shape = RingShape(3, 2, blocks=14, block_tokens=16, step_tokens=130 + CHUNK_TOKENS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planner.schedule.LEARNED_ROWS", 2)
+        patch.setattr("planner.admission.LEARNED_ROWS", 2)
         ring, numbers, live = Ring(shape), count(), set[int]()
         left: dict[int, tuple[int, int, int]] = {}
 

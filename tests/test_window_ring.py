@@ -59,7 +59,7 @@ def test_layers_that_keep_their_window_write_the_tokens_of_one_process(
     calm = answers(tmp_path, rows, plan_of(LAYERS, 1), ring)
     for i, each in enumerate(rows):
         assert_greedy(model, each.token_ids, calm[i].output_ids)
-    monkeypatch.setattr("planner.schedule.LEARNED_ROWS", 2)
+    monkeypatch.setattr("planner.admission.LEARNED_ROWS", 2)
     stopped = with_stops(rows, calm)
     workers: list[Worker] = []
     tight = windowed_settings(2, 5, blocks=28, window=WINDOW, rows=3)
