@@ -4,13 +4,12 @@ Pure decisions over counts. The head runs them on real frames and the simulator 
 neither can drift from the other. Token ids, text and sockets are unknown here.
 """
 
-import math
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import chain
 
-from planner.admission import GROWTH_TOKENS, Growth, rows_that_fit
+from planner.admission import GROWTH_TOKENS, Admission, Sequence
 from planner.drafts import DraftCosts, Goodput
 from planner.holdings import Holdings
 from planner.prefixes import SHARE_TOKENS
@@ -24,8 +23,6 @@ MAX_STEP_BLOCKS = 2**14
 MAX_STEP_ENDED = 4096
 FEWER = 7 / 8
 """Share of its KV blocks that a ring is left with where a stage has no memory for all of them."""
-SPARE = 1.25
-"""Of what a row is expected to make, how much it has room for from its beginning on, memory allowing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,37 +148,6 @@ class RingShape:
 
 
 @dataclass(slots=True)
-class _Sequence:
-    """What the policy knows of a row in flight; only the ring changes it."""
-
-    known: int
-    """Tokens whose ids are known: the prompt, and what has been sampled."""
-    limit: int
-    """Tokens that it may grow to."""
-    entered: int
-    """Tokens that were known when it came."""
-    marks: tuple[int, ...]
-    """Of the leading units of its prompt that may be shared; see planner.prefixes."""
-    computed: int = 0
-    """Positions whose keys and values are cached, or will be when the step in flight is back."""
-
-    @property
-    def made(self) -> int:
-        """Tokens made since it came."""
-        return self.known - self.entered
-
-    @property
-    def allowed(self) -> int:
-        """Tokens that it may make in all, counted likewise."""
-        return self.limit - self.entered
-
-    @property
-    def prompt_left(self) -> int:
-        """Tokens that it came with and that no step has computed yet."""
-        return max(0, self.entered - self.computed)
-
-
-@dataclass(slots=True)
 class _Slot:
     sequences: list[int] = field(default_factory=list)
     step: Step | None = None
@@ -201,10 +167,10 @@ class Ring:
         self.shape = shape
         self._slots = [_Slot() for _ in range(shape.capacity)]
         self._open = shape.slots
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, Sequence] = {}
         self._queue: list[tuple[float, int]] = []
         self._holdings = holdings_of(shape)
-        self._growth = Growth()
+        self._admission = Admission(shape.blocks, self._holdings)
         self._places: int | None = None
         """Rows like the queue's first that may still enter; None until it is asked again."""
         self._goodput = Goodput(shape.drafts) if shape.drafts else None
@@ -247,7 +213,7 @@ class Ring:
         assert 0 < known_tokens < limit_tokens, "a sequence needs a token to start and one to make"
         assert self.fits(limit_tokens), "the head refuses what can never fit"
         assert len(marks) * SHARE_TOKENS < known_tokens, "a sequence computes its last token itself"
-        self._sequences[sequence] = _Sequence(known_tokens, limit_tokens, known_tokens, marks)
+        self._sequences[sequence] = Sequence(known_tokens, limit_tokens, known_tokens, marks)
         rounds = most_rounds(known_tokens, limit_tokens - known_tokens)
         self._places = None
         heappush(self._queue, (-rounds, sequence))
@@ -308,7 +274,7 @@ class Ring:
         slot.step = None
         for number in ended:
             sequence = self._sequences[number]
-            self._growth.saw(sequence.made, sequence.allowed)
+            self._admission.saw(sequence)
             self._leave(number)
 
     def failed(self, slot_number: int) -> tuple[int, ...]:
@@ -394,62 +360,22 @@ class Ring:
     def _room(self) -> int:
         """How many rows like the queue's first could enter now, so that all come to their end."""
         if self._places is None:
-            self._places = self._count_places(self._sequences[self._queue[0][1]])
+            first = self._sequences[self._queue[0][1]]
+            live = [(number, self._sequences[number]) for number in self._in_slots()]
+            self._places = self._admission.places(first, live, self._most_rows)
         return self._places
 
-    def _count_places(self, first: _Sequence) -> int:
-        cached, ends = self._holdings.cached(first.marks), self._ends(first)
-        own = self._tokens_for(first) - cached
-        places = self._holdings.room_for(own, ends, first.known)
-        if self._ample(first) or not places:
-            return places
-        room, to_the_end = self._holdings.free_blocks, self._holdings.free_blocks
-        held: list[float] = []
-        left: list[int] = []
-        for number in self._in_slots():
-            each, own_blocks = self._sequences[number], self._holdings.own_blocks(number)
-            shared = self._holdings.shared_tokens(number)
-            left.append(self._ends(each) - each.known)
-            held.append(each.known - shared + self._unused(left[-1]))
-            room += own_blocks
-            to_the_end -= max(0, self.shape.blocks_for(self._ends(each) - shared) - own_blocks)
-        now, more = first.known - cached, ends - first.known
-        fitting = rows_that_fit(
-            room * self.shape.block_tokens, held, left, now + self._unused(more), more
-        )
-        # If each has room to its end, nothing needs to be foreseen.
-        return min(places, max(fitting, to_the_end // self.shape.blocks_for(now + more)))
-
-    def _unused(self, more: int) -> float:
-        """Tokens for which a row that makes so many more has blocks too early, in the mean."""
-        return (self.shape.block_tokens + min(GROWTH_TOKENS, more)) / 2
-
-    def _ends(self, sequence: _Sequence) -> int:
-        """Tokens that a sequence is expected to come to."""
-        made = self._growth.expected(sequence.made, sequence.allowed)
-        return sequence.entered + math.ceil(made)
-
-    def _ample(self, sequence: _Sequence) -> bool:
-        """Whether there is memory for as many sequences like this as may be in flight, to their end."""
-        rows = self._open * self.shape.slot_rows
-        return self.shape.blocks >= rows * self.shape.blocks_for(self._spacious(sequence))
-
-    def _spacious(self, sequence: _Sequence) -> int:
-        made = SPARE * self._growth.expected(sequence.made, sequence.allowed)
-        return min(sequence.entered + math.ceil(made), sequence.limit)
-
-    def _tokens_for(self, sequence: _Sequence) -> int:
-        """Tokens that a sequence is given room for as it enters: likely all that it comes to, so that
-        most of its blocks lie side by side; where memory is short for that, some, and more later."""
-        if self._ample(sequence):
-            return self._spacious(sequence)
-        return min(sequence.known + GROWTH_TOKENS, self._ends(sequence))
+    @property
+    def _most_rows(self) -> int:
+        """Rows that all open slots hold at most."""
+        return self._open * self.shape.slot_rows
 
     def _wanted_blocks(self) -> int:
         """Blocks that the queue's first row would be granted at most."""
         sequence = self._sequences[self._queue[0][1]]
         kinds = 1 if self.shape.window is None else 2
-        return kinds * self.shape.blocks_for(max(self._tokens_for(sequence), self._ends(sequence)))
+        tokens = self._admission.tokens_for(sequence, self._most_rows)
+        return kinds * self.shape.blocks_for(max(tokens, self._admission.ends(sequence)))
 
     def _go_on(self, slot: _Slot, budget: int) -> tuple[list[Span], list[Grant]]:
         """Spans of the rows already in the slot: decodes first, then prompts, within the budget;
@@ -505,7 +431,8 @@ class Ring:
         sequence waits for a round; or if it is itself the newest, and has made way. The oldest of all
         therefore never does, and gets on.
         """
-        better = max(tokens, min(tokens + GROWTH_TOKENS, self._ends(self._sequences[number])))
+        ends = self._admission.ends(self._sequences[number])
+        better = max(tokens, min(tokens + GROWTH_TOKENS, ends))
         while True:
             added = self._holdings.extend(number, tokens, better)
             if added is not None:
@@ -532,7 +459,8 @@ class Ring:
         sequence = self._sequences[number]
         if not self._room():
             return None
-        tokens, ends = self._tokens_for(sequence), self._ends(sequence)
+        ends = self._admission.ends(sequence)
+        tokens = self._admission.tokens_for(sequence, self._most_rows)
         # Whoever enters may take the room of beginnings that nobody uses, so it must have a span.
         sequence.computed = self._holdings.cached(sequence.marks)
         span = _span(number, sequence, budget)
@@ -567,7 +495,7 @@ def holdings_of(shape: RingShape) -> Holdings:
     return Holdings(shape.blocks, shape.block_tokens, windows)
 
 
-def _span(number: int, sequence: _Sequence, budget: int) -> Span | None:
+def _span(number: int, sequence: Sequence, budget: int) -> Span | None:
     """What of the sequence fits into `budget` tokens; its end is known's end or a chunk's."""
     start, end = sequence.computed, sequence.known
     if end - start > budget:
