@@ -97,12 +97,16 @@ class Holdings:
         windowed = () if self.windows is None else self.windows.blocks(number)
         return self._of[number].blocks + windowed
 
+    def covers(self, number: int, tokens: int) -> bool:
+        """Whether so many tokens of a sequence have room."""
+        return len(self._of[number].blocks) * self.block_tokens >= tokens
+
     def extend(self, number: int, tokens: int, better: int) -> tuple[int, ...] | None:
         """Blocks added so that so many tokens have room, or even `better` if it must be some; None if
         too few are free."""
-        holding = self._of[number]
-        if self.blocks_for(tokens) <= len(holding.blocks):
+        if self.covers(number, tokens):
             return ()
+        holding = self._of[number]
         for wanted in (better, tokens):
             missing = self.blocks_for(wanted) - len(holding.blocks)
             if missing <= self.free_blocks and (

@@ -431,6 +431,8 @@ class Ring:
         sequence waits for a round; or if it is itself the newest, and has made way. The oldest of all
         therefore never does, and gets on.
         """
+        if self._holdings.covers(number, tokens):
+            return ()
         ends = self._admission.ends(self._sequences[number])
         better = max(tokens, min(tokens + GROWTH_TOKENS, ends))
         while True:
