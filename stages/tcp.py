@@ -4,9 +4,12 @@ TCP connections under links: what this host gives them, how they part, what thei
 BBR paces by itself, and gets no limit of ours. A limit of 95 % of its estimate draws the estimate down:
 to 67 of 100 Mbit/s in 25 s, at a round trip of 200 ms. One of 98 or 95 % of the wire itself, set once
 BBR knows it (`benchmarks.links`), leaves no queue, so that a message beside bulk is 1 to 3 ms late in
-place of 13 to 20; but then each moment in which a sender has nothing ready is lost to the wire, and it
-carries 87 to 92 Mbit/s in place of 96. Rows an hour come first. A limit set before the wire is full, or
-while packets are lost, is taken for a policer's for 48 round trips (58 Mbit/s at 1 % loss).
+place of 13 to 21; but then each moment in which a sender has nothing ready is lost to the wire: it
+carried 94 Mbit/s in place of 95 on a quiet machine, and 92 in place of 96 on a busy one. From estimates
+of ours, made while a queue stood, it carried 85 to 95 in ten trials. Rows an hour come first. A limit
+set before the wire is full, or while packets are lost, is taken for a policer's for 48 round trips (58
+Mbit/s at 1 % loss).
+
 Nor is a long wire emptied every ten seconds, as BBR does to see the least round trip: two connections
 take turns (`turns`). At 200 ms that is worth 1 to 4 of 100 Mbit/s, and where it is not full, half a
 second of late frames every ten.
