@@ -58,7 +58,7 @@ class Growth:
     """How much of what they may make rows do make: learned from those that have ended; mutable."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self._rows = 0
         self._ended = [0] * SHARES
         self._made = [0.0] * SHARES
         """Shares of what they might, of rows that ended there."""
@@ -67,7 +67,7 @@ class Growth:
 
     def saw(self, made: int, allowed: int) -> None:
         """A row has ended after so many tokens of the allowed ones."""
-        self.rows += 1
+        self._rows += 1
         share = made / allowed
         place = min(int(SHARES * share), SHARES - 1)
         self._ended[place] += 1
@@ -79,7 +79,7 @@ class Growth:
 
     def expected(self, made: int, allowed: int) -> float:
         """Tokens that a row which made so many is likely to make in all; the allowed ones at most."""
-        if self.rows < LEARNED_ROWS:
+        if self._rows < LEARNED_ROWS:
             return float(allowed)
         share = self._left[min(int(SHARES * made / allowed), SHARES - 1)]
         return min(max(share * allowed, made + 1.0), float(allowed))
@@ -134,8 +134,8 @@ class Admission:
         """How many rows like the first could enter now beside those that live, so that all come to their
         end; of at most `rows` in the ring."""
         holdings, ends = self._holdings, self.ends(first)
-        cached = holdings.cached(first.marks)
-        places = holdings.room_for(self.tokens_for(first, rows) - cached, ends, first.known)
+        cached, tokens = holdings.cached(first.marks), self.tokens_for(first, rows)
+        places = holdings.room_for(tokens - cached, ends, first.known)
         if self._ample(first, rows) or not places:
             return places
         room = to_the_end = holdings.free_blocks
@@ -148,8 +148,8 @@ class Admission:
             room += own_blocks
             to_the_end -= max(0, holdings.blocks_for(self.ends(each) - shared) - own_blocks)
         now, more = first.known - cached, ends - first.known
-        tokens = room * holdings.block_tokens
-        fitting = rows_that_fit(tokens, held, left, now + self._unused(more), more)
+        room *= holdings.block_tokens
+        fitting = rows_that_fit(room, held, left, now + self._unused(more), more)
         # If each has room to its end, nothing needs to be foreseen.
         return min(places, max(fitting, to_the_end // holdings.blocks_for(now + more)))
 
