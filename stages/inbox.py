@@ -137,6 +137,7 @@ class Inbox:
 
     def _replace(self, error: StageError) -> None:
         """Go on with the connection that replaces a broken one; raises where none comes."""
+        self._connection.close()  # the sender may await words on another lane than the one that broke
         with self._changed:
             self._changed.wait_for(
                 lambda: self._next or self._restarted or self._closing, self._patience_s
@@ -146,7 +147,6 @@ class Inbox:
             if self._next is None or self._closing:
                 raise error
             self._next.succeed(self._connection)
-            self._connection.close()
             self._connection, self._next = self._next, None
         self._decoder.reconnected()
         log.info("link resumed peer=%s error=%s", self._connection.peer, error)

@@ -125,6 +125,25 @@ def test_frames_that_were_lost_in_mid_air_are_sent_again(join: Callable[..., Wir
     assert wire.outbox.report().frames_sent_again >= 4
 
 
+@pytest.mark.parametrize(
+    "sent_before", [1, 2]
+)  # with turns, the lane of the acknowledgements or not
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_frame_that_was_altered_is_sent_again_at_once(
+    join: Callable[..., Wire], bundle: Bundle, sent_before: int
+) -> None:
+    wire = join(patience_s=60.0, bundle=bundle)
+    send(wire.outbox, range(sent_before))
+    wire.arrived(sent_before)
+    wait_for(lambda: wire.outbox.report().frames_waiting == 0)
+    wire.relay.bits_to_flip = 1
+    send(wire.outbox, range(sent_before, 4))
+    assert wire.arrived(4 - sent_before) == list(range(sent_before, 4))
+    wire.outbox.close()
+    assert wire.outbox.report().reconnects == 1
+    assert not wire.downs
+
+
 def test_a_cut_of_a_second_is_a_pause(join: Callable[..., Wire]) -> None:
     wire = join()
     wire.relay.open.clear()
