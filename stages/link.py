@@ -36,7 +36,7 @@ from stages.frame_reader import FrameReader
 from stages.link_meter import TcpState, bytes_moved
 from stages.send_queue import Bell
 from stages.stripes import Stripes
-from stages.tcp import congestion_control, limit_unsent, link_error, part
+from stages.tcp import congestion_control, limit_unsent, link_error, open_window, part
 from stages.turns import UNSENT_BYTES, Turns
 
 Purpose: TypeAlias = Literal["data", "control"]
@@ -96,8 +96,10 @@ class Connection:
         self.sockets = tuple(sockets)
         self._tls = sockets[0]
         at_once = len(sockets) > 1 and not hello.in_turns
-        if hello.in_turns:
-            for tls in sockets:
+        for tls in sockets:
+            if purpose == "data":
+                open_window(tls)
+            if hello.in_turns:
                 limit_unsent(tls, UNSENT_BYTES)
         self._lanes = (Stripes(sockets),) if at_once else self.sockets
         """What carries a frame by itself."""

@@ -91,6 +91,20 @@ def tune(raw: socket.socket) -> None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
 
 
+def open_window(connection: socket.socket) -> None:
+    """
+    Let a connection take in much from its first byte on; what it may take later is the kernel's to say.
+
+    The kernel begins with 64 KiB and widens that as a program reads. A connection that carries a frame
+    now and then, or is not read until its turn comes, stays narrow: at a round trip of 50 ms frames of
+    320 KiB took 80 ms in place of 40, and 2 s as a job began. Told to wake its program for so much at
+    once, the kernel makes the room for it, whoever asks (Linux from 4.18 on).
+    """
+    if sys.platform == "linux":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, BUFFER_BYTES)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
 def limit_unsent(connection: socket.socket, nbytes: int) -> None:
     """Let no more wait in the kernel to be sent at all, where it can be told so."""
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):

@@ -12,7 +12,7 @@ from typing import Final
 
 TURN_S: Final = 9.0
 LEARNING_S: Final = 2.0
-"""From the first frame on, in which frames alternate: both begin slowly while the job does, too."""
+"""The first turn: the other connection learns the wire, too, while the job begins."""
 UNSENT_BYTES: Final = 512 * 2**10
 """The most that waits in the kernel: what is left as a turn ends shares the wire with the next."""
 
@@ -24,18 +24,16 @@ class Turns:
         self.current = 0
         """The place of the connection that carries now."""
         self._count = count
-        self._learned_s: float | None = None
-        self._ends_s = 0.0
+        self._ends_s: float | None = None
 
     def over(self, now_s: float) -> bool:
         """Whether a frame that is sent now is the next one's to carry; the first begins a turn."""
-        if self._learned_s is None:
-            self._learned_s = now_s + LEARNING_S
+        if self._ends_s is None:
+            self._ends_s = now_s + LEARNING_S
             return False
         return self._count > 1 and now_s >= self._ends_s
 
     def pass_on(self, now_s: float) -> None:
         """Let the next connection carry from now on."""
-        assert self._learned_s is not None, "somebody has carried before"
         self.current = (self.current + 1) % self._count
-        self._ends_s = now_s if now_s < self._learned_s else now_s + TURN_S
+        self._ends_s = now_s + TURN_S

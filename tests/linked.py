@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from planner.schedule import Span, Step
+from stages import turns
 from stages.control import Answer, Answers, Hello, LinkReport, Message, decode
 from stages.dialing import dial
 from stages.duplex import Duplex
@@ -103,6 +106,12 @@ def wait_for(true: Callable[[], object], limit_s: float = 5.0) -> None:
     while not true():
         assert time.monotonic() < deadline_s, "it did not come to pass"
         time.sleep(0.005)
+
+
+def always_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of connections that take turns, have each frame be another's."""
+    monkeypatch.setattr(turns, "LEARNING_S", 0.0)
+    monkeypatch.setattr(turns, "TURN_S", 0.0)
 
 
 def unexpected(down: LinkDown) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import signal
+import socket
 import ssl
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ from stages.frame import Dtype, EpochMismatchError, RunMismatchError, run_number
 from stages.inbox import Inbox
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
-from stages.tcp import Bundle, link_habits
+from stages.tcp import BBR_BUNDLE, Bundle, link_habits, open_window
 from stages.wire import Ack, StepFrame
 from tests.linked import (
     RUN,
@@ -125,6 +127,32 @@ def test_a_peer_that_takes_nothing_fills_a_bounded_queue(net: Net) -> None:
     habits = link_habits()
     held = (habits.send_bytes + habits.receive_bytes) / packet.size  # by the kernel
     assert accepted <= 2 + 1 + held  # the queue, and the frame being sent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways")
+def test_an_open_window_takes_in_much_before_anybody_reads() -> None:
+    with socket.socket() as listening, socket.socket() as sending:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**15)
+        sending.connect(listening.getsockname())
+        receiving, _ = listening.accept()
+        with receiving:
+            open_window(receiving)
+            sending.settimeout(0.2)
+            taken = 0
+            with pytest.raises(TimeoutError):
+                while True:
+                    taken += sending.send(bytes(2**14))
+    assert taken >= link_habits().receive_bytes / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways")
+def test_both_ends_of_a_data_connection_open_their_windows(net: Net) -> None:
+    for end in net.pair(bundle=BBR_BUNDLE):
+        for tls in end.sockets:
+            room_bytes = tls.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            assert room_bytes >= link_habits().receive_bytes / 4
 
 
 def test_an_outbox_tells_of_the_worst_time_of_its_queue(net: Net) -> None:

@@ -20,7 +20,16 @@ from stages.listener import Listener
 from stages.mailbox import Arrival, LinkDown, Mailbox
 from stages.outbox import Outbox
 from stages.tcp import Bundle
-from tests.linked import Net, Relay, hello_of, plan_in, step_packet, unexpected, wait_for
+from tests.linked import (
+    Net,
+    Relay,
+    always_another,
+    hello_of,
+    plan_in,
+    step_packet,
+    unexpected,
+    wait_for,
+)
 
 ALONE = Bundle()
 BUNDLES = [ALONE, Bundle(4), Bundle(2, in_turns=True)]
@@ -125,13 +134,12 @@ def test_frames_that_were_lost_in_mid_air_are_sent_again(join: Callable[..., Wir
     assert wire.outbox.report().frames_sent_again >= 4
 
 
-@pytest.mark.parametrize(
-    "sent_before", [1, 2]
-)  # with turns, the lane of the acknowledgements or not
+@pytest.mark.parametrize("sent_before", [1, 2])  # by turns, where the sender awaits words or not
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_frame_that_was_altered_is_sent_again_at_once(
-    join: Callable[..., Wire], bundle: Bundle, sent_before: int
+    join: Callable[..., Wire], bundle: Bundle, sent_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    always_another(monkeypatch)
     wire = join(patience_s=60.0, bundle=bundle)
     send(wire.outbox, range(sent_before))
     wire.arrived(sent_before)

@@ -5,13 +5,12 @@ import socket
 
 import pytest
 
-from stages import turns
 from stages.errors import FrameError, LinkError
 from stages.frame import PREFIX_BYTES, Kind, Label, run_number, seal
 from stages.link_meter import TcpState
 from stages.tcp import BBR_BUNDLE, Bundle
 from stages.turns import LEARNING_S, TURN_S, Turns
-from tests.linked import RUN, Net, arrive, step_packet
+from tests.linked import RUN, Net, always_another, arrive, step_packet
 
 BBR_PATIENCE_S = 10.0
 """For so long BBR trusts a least round trip."""
@@ -27,18 +26,16 @@ def carriers(taking: Turns, *times_s: float) -> list[int]:
     return places
 
 
-def test_frames_alternate_until_both_have_learned_the_wire() -> None:
-    assert carriers(Turns(2), 7.0, 7.0, 7.1, 6.9 + LEARNING_S) == [0, 1, 0, 1]
-
-
-def test_then_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
+def test_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
     taking = Turns(2)
-    assert carriers(taking, 0.0, 100.0, 99.9 + TURN_S) == [0, 1, 1]
-    assert carriers(taking, 100.0 + TURN_S, 500.0, 499.9 + TURN_S) == [0, 1, 1]
+    first = 7.0 + LEARNING_S
+    assert carriers(taking, 7.0, 7.1, 6.9 + LEARNING_S, first) == [0, 0, 0, 1]
+    assert carriers(taking, first + TURN_S - 0.1, first + TURN_S) == [1, 0]
+    assert carriers(taking, 500.0, 499.9 + TURN_S, 500.0 + TURN_S) == [1, 1, 0]
 
 
 def test_a_turn_is_over_before_bbr_would_empty_the_wire_and_a_rest_is_not() -> None:
-    assert TURN_S < BBR_PATIENCE_S < 2 * TURN_S
+    assert LEARNING_S < TURN_S < BBR_PATIENCE_S < 2 * TURN_S
 
 
 def test_a_connection_alone_carries_for_ever() -> None:
@@ -48,7 +45,7 @@ def test_a_connection_alone_carries_for_ever() -> None:
 def test_frames_arrive_whole_and_in_order_whoever_carries_them(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.0)  # every frame is another's, later too
+    always_another(monkeypatch)
     near, far = net.pair(bundle=BBR_BUNDLE)
     chance = random.Random(1)
     sizes = [chance.choice((4, 3000, 70_000, 2_000_000)) for _ in range(40)]
@@ -59,7 +56,10 @@ def test_frames_arrive_whole_and_in_order_whoever_carries_them(
     assert sent.framing_bytes_sent == framing_bytes + PREFIX_BYTES * (len(packets) - 1)
 
 
-def test_a_broken_connection_is_noticed_when_its_turn_comes(net: Net) -> None:
+def test_a_broken_connection_is_noticed_when_its_turn_comes(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_another(monkeypatch)
     near, _far = net.pair(bundle=BBR_BUNDLE)
     socket.socket.shutdown(near.sockets[1], socket.SHUT_RDWR)
     with pytest.raises(LinkError):
