@@ -27,6 +27,7 @@ from stages.wire import Ack, ProfileFrame, ProfileHeld, StepFrame
 LOSSLESS: Final = (RAW, FAST, DENSE)
 """Among these a link chooses; dense is on offer once both ends are ready for it."""
 DENSE_PAYS_BYTES_PER_S: Final = 100e6  # a link as fast as this waits for what codes densely
+DENSE_PAYS_BUSY: Final = 0.5  # of its time: for a link that rests more, nobody waits
 MAX_CHANNELS: Final = 2**17  # of a profile that a peer announces
 
 
@@ -119,7 +120,8 @@ class LinkEncoder:
         self._chooser.compute_s_per_byte = self._cpu.s_per_byte(raw_bytes)
         if LEVELS[coded.codec] == FAST:
             slow = 0 < self.bytes_per_s < DENSE_PAYS_BYTES_PER_S
-            self._profiles.learn(message, dense_pays=slow)
+            busy = self.meter.busy_share >= DENSE_PAYS_BUSY
+            self._profiles.learn(message, dense_pays=slow and busy)
         return coded.encode(self._run)
 
     def sending(self, packet: Packet) -> None:

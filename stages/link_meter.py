@@ -9,6 +9,7 @@ holds: both err towards too little. Without them a link that never has two frame
 faster than it is, for then a frame's own time cannot be told from the round trip.
 """
 
+import math
 import socket
 import struct
 from collections import deque
@@ -20,6 +21,7 @@ from stages.frame import Packet
 
 SAMPLE_S: Final = 0.1  # acknowledgements are read in bursts; over a moment the bursts even out
 SMALLEST_SAMPLE_BYTES: Final = 4096  # below, a frame tells of round trips, not of rates
+BUSY_OVER_S: Final = 10.0  # some rounds of a ring, which differ
 
 _TCP_INFO = struct.Struct("<68xI28xI44xI4xIQ")  # of Linux's tcp_info, the fields of TcpState
 
@@ -91,6 +93,8 @@ class LinkMeter:
 
     def __init__(self) -> None:
         self.tcp = TcpState()
+        self.busy_share = 0.0
+        """Of the link's latest BUSY_OVER_S or so, those in which it had work."""
         self._earlier = TcpState()
         """Sums of the connections before this one."""
         self._under_way: deque[_UnderWay] = deque()
@@ -156,5 +160,8 @@ class LinkMeter:
         nbytes, busy_s = self._nbytes, self._busy_s
         if self.tcp.bytes_per_s:
             busy_s = min(busy_s, nbytes / self.tcp.bytes_per_s)
+        past_s = now_s - self._told_s
+        newest = 1 - math.exp(-past_s / BUSY_OVER_S)
+        self.busy_share += newest * (min(1.0, busy_s / past_s) - self.busy_share)
         self._told_s, self._nbytes, self._busy_s = now_s, 0, 0.0
         return Delivery(nbytes, busy_s)

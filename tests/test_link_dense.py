@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from planner.schedule import Span, Step
-from stages import link_codec
+from stages import codec_compiled, link_codec
 from stages.codec import DENSE, FAST, LEVELS
 from stages.codec_compiled import installed
 from stages.cpu_share import CpuShare
@@ -108,6 +108,22 @@ def test_a_peer_that_cannot_decode_dense_frames_hears_nothing_of_them() -> None:
 
 
 @dense
+def test_a_slow_link_that_mostly_rests_learns_nothing_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lessons: list[str] = []
+    monkeypatch.setattr(codec_compiled, "prepare", lambda: lessons.append("begun"))
+    link = SlowLink(peer_is_dense=True)
+    while link.now_s < 30 or link.number < 2 * TO_LEARN:
+        sent_s = link.now_s
+        link.send()
+        link.now_s += 4 * (link.now_s - sent_s)
+    assert link.encoder.meter.busy_share == pytest.approx(0.2, abs=0.05)
+    assert link.encoder.activation_bytes[FAST] > 0
+    assert not lessons
+
+
+@dense
 def test_a_new_connection_holds_both_profiles_before_frames_that_need_them() -> None:
     link = SlowLink(peer_is_dense=True)
     link.learn()
@@ -131,6 +147,7 @@ def test_dense_frames_survive_resets_on_a_live_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_codec, "DENSE_PAYS_BYTES_PER_S", float("inf"))
+    monkeypatch.setattr(link_codec, "DENSE_PAYS_BUSY", 0.0)
     able = {"dense": True}
     net = plan_in(tmp_path)
     listener = net.listener(hello=hello_of("b").model_copy(update=able))
