@@ -37,7 +37,7 @@ from stages.link_meter import TcpState, bytes_moved
 from stages.send_queue import Bell
 from stages.stripes import Stripes
 from stages.tcp import congestion_control, limit_unsent, link_error, open_window, part
-from stages.turns import UNSENT_BYTES, Turns
+from stages.turns import UNSENT_BYTES, Turns, unsent_bytes
 
 Purpose: TypeAlias = Literal["data", "control"]
 
@@ -173,11 +173,18 @@ class Connection:
             if packet.kind in PAYLOAD_KINDS and self._sending.over(now_s := time.monotonic()):
                 self._write(seal(Label(Kind.TURN, self.run, self.hello.epoch), b"", b""))
                 self._sending.pass_on(now_s)
+                self._keep_little_unsent()
                 self._write(packet, opening=True)
             else:
                 self._write(packet)
             waited_s = (time.perf_counter() - started_s) - (time.thread_time() - worked_s)
             self.counters.blocked_s += max(0.0, waited_s)
+
+    def _keep_little_unsent(self) -> None:
+        """Let as much wait in the kernel as suits what the wire was seen to carry."""
+        bytes_per_s = max(TcpState.of(tls).bytes_per_s for tls in self.sockets)
+        for tls in self.sockets:
+            limit_unsent(tls, unsent_bytes(bytes_per_s))
 
     def _write(self, packet: Packet, opening: bool = False) -> None:
         lane = self._lanes[self._sending.current]

@@ -13,8 +13,11 @@ from typing import Final
 TURN_S: Final = 9.0
 LEARNING_S: Final = 2.0
 """The first turn: the other connection learns the wire, too, while the job begins."""
-UNSENT_BYTES: Final = 512 * 2**10
-"""The most that waits in the kernel: what is left as a turn ends shares the wire with the next."""
+UNSENT_S: Final = 0.04
+LEAST_UNSENT_BYTES, UNSENT_BYTES = 64 * 2**10, 512 * 2**10
+"""What may wait in the kernel: what is left as a turn ends shares the wire with the next, and what is
+more than the queue before the wire holds is lost. 512 KiB are a fifth of a second of 20 Mbit/s, and
+were a hundred packets a turn."""
 
 
 class Turns:
@@ -37,3 +40,8 @@ class Turns:
         """Let the next connection carry from now on."""
         self.current = (self.current + 1) % self._count
         self._ends_s = now_s + TURN_S
+
+
+def unsent_bytes(bytes_per_s: float) -> int:
+    """What may wait in the kernel for a wire that carries so much."""
+    return min(UNSENT_BYTES, max(LEAST_UNSENT_BYTES, round(UNSENT_S * bytes_per_s)))

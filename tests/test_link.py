@@ -134,17 +134,15 @@ def test_an_open_window_takes_in_much_before_anybody_reads() -> None:
     with socket.socket() as listening, socket.socket() as sending:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**15)
+        sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**17)
         sending.connect(listening.getsockname())
         receiving, _ = listening.accept()
         with receiving:
             open_window(receiving)
-            sending.settimeout(0.2)
+            sending.settimeout(5)
             taken = 0
-            with pytest.raises(TimeoutError):
-                while True:
-                    taken += sending.send(bytes(2**14))
-    assert taken >= link_habits().receive_bytes / 4
+            while taken < 2**21:  # a window that stays narrow raises TimeoutError
+                taken += sending.send(bytes(2**14))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways")

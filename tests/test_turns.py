@@ -9,7 +9,14 @@ from stages.errors import FrameError, LinkError
 from stages.frame import PREFIX_BYTES, Kind, Label, run_number, seal
 from stages.link_meter import TcpState
 from stages.tcp import BBR_BUNDLE, Bundle
-from stages.turns import LEARNING_S, TURN_S, Turns
+from stages.turns import (
+    LEARNING_S,
+    LEAST_UNSENT_BYTES,
+    TURN_S,
+    UNSENT_BYTES,
+    Turns,
+    unsent_bytes,
+)
 from tests.linked import RUN, Net, always_another, arrive, step_packet
 
 BBR_PATIENCE_S = 10.0
@@ -29,9 +36,15 @@ def carriers(taking: Turns, *times_s: float) -> list[int]:
 def test_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
     taking = Turns(2)
     first = 7.0 + LEARNING_S
-    assert carriers(taking, 7.0, 7.1, 6.9 + LEARNING_S, first) == [0, 0, 0, 1]
+    assert carriers(taking, 7.0, 7.1, first - 0.1, first) == [0, 0, 0, 1]
     assert carriers(taking, first + TURN_S - 0.1, first + TURN_S) == [1, 0]
     assert carriers(taking, 500.0, 499.9 + TURN_S, 500.0 + TURN_S) == [1, 1, 0]
+
+
+def test_as_a_turn_ends_the_less_waits_in_the_kernel_the_slower_the_wire() -> None:
+    assert unsent_bytes(0) == LEAST_UNSENT_BYTES
+    assert unsent_bytes(2.5e6) == 100_000
+    assert unsent_bytes(1e9) == UNSENT_BYTES
 
 
 def test_a_turn_is_over_before_bbr_would_empty_the_wire_and_a_rest_is_not() -> None:
