@@ -56,6 +56,11 @@ class Cell:
         """The longest that one micro-batch occupies a stage or a link."""
         return self.coded_bottleneck_s(1.0)
 
+    @property
+    def bound_by_links(self) -> bool:
+        """Whether raw activations occupy a link for longer than a stage."""
+        return self.network.link_s(ROWS) > stage_s(ROWS)
+
     def coded_bottleneck_s(self, ratio: float) -> float:
         """The same where a codec makes activations so many times smaller."""
         return max(stage_s(ROWS), self.network.link_s(ROWS) / ratio)

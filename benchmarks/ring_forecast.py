@@ -1,7 +1,7 @@
 """What the planner's simulator expects of a lap round timed stages, from the same facts."""
 
 from benchmarks.ring_arithmetic import HIDDEN, stage_s
-from benchmarks.ring_hosts import WARM_ROUNDS, Lap
+from benchmarks.ring_hosts import Lap
 from planner.facts import Cluster, LayerTimes, Lengths, Link, ModelShape, Node, Workload
 from planner.plan import LinkPlan, Pipeline, Plan, StagePlan
 from planner.rows import Row
@@ -21,7 +21,7 @@ def forecast_steady_rows_per_s(lap: Lap) -> float:
     """Rows' steps a second of rows of equal quotas, between the rounds that `Ran.steady_rows_per_s`
     counts: past the first ones, and until the first rows end."""
     sent_s = [event.at_s for event in _played(lap).trace if event.what == "step"]
-    first, last = WARM_ROUNDS * lap.slots - 1, len(sent_s) - 1 - lap.slots
+    first, last = lap.warm_rounds * lap.slots - 1, len(sent_s) - 1 - lap.slots
     return lap.slot_rows * (last - first) / (sent_s[last] - sent_s[first])
 
 

@@ -33,7 +33,7 @@ from stages.control import Answer
 
 BLOCK_TOKENS = 16
 RECORDED_TOKENS = 2**14
-WARM_ROUNDS = 3  # new connections take as long to learn what a slow link carries
+WARM_ROUNDS = 3
 NEARBY = Path(10e9, 0.0)
 ANSWER_TIMEOUT_S = 120.0
 
@@ -53,6 +53,8 @@ class Lap:
     """Micro-batches that the driver may come to open, if more than `slots`."""
     client: bool = False
     """Whether the last stage and the head are one machine, a client."""
+    warm_rounds: int = WARM_ROUNDS
+    """Not counted as steady: in them new connections learn what their wires carry."""
     prompts: Sequence[int] = ()
     """Tokens of each row's prompt, no two of which begin alike; one each if not given."""
 
@@ -63,6 +65,7 @@ class Ran:
 
     slots: int
     slot_rows: int
+    warm_rounds: int
     answers: Mapping[int, Answer]
     started_s: float
     seconds: float
@@ -77,10 +80,20 @@ class Ran:
         """Rows' steps that the last stage ends a second, from when all slots have gone round some
         times until the first rows end."""
         ends, tokens = self.steps[-1][:, 1], self.steps[-1][:, 2]
-        first = WARM_ROUNDS * self.slots - 1
-        last = int(np.flatnonzero(tokens == self.slot_rows)[-1]) - self.slots
+        first, last = self.warm_rounds * self.slots - 1, self._last_steady
         assert last > first, f"{len(ends)} steps are too few for {self.slots} slots"
         return float(tokens[first + 1 : last + 1].sum() / (ends[last] - ends[first]))
+
+    @property
+    def early_rows_per_s(self) -> float:
+        """The same from the first lease on."""
+        ends, tokens = self.steps[-1][:, 1], self.steps[-1][:, 2]
+        last = self._last_steady
+        return float(tokens[: last + 1].sum() / (ends[last] - self.started_s))
+
+    @property
+    def _last_steady(self) -> int:
+        return int(np.flatnonzero(self.steps[-1][:, 2] == self.slot_rows)[-1]) - self.slots
 
     def late_busy(self) -> float:
         """The share of the second and third quarters of the run that the busiest stage computes."""
@@ -182,7 +195,8 @@ class Hosts:
                 answers |= {answer.row: answer for answer in came}
             seconds = time.monotonic() - started_s
         steps = [np.load(orders[name].log) for name in names]
-        return Ran(lap.slots, lap.slot_rows, answers, started_s, seconds, steps, _ratio(fleet))
+        known = lap.slots, lap.slot_rows, lap.warm_rounds
+        return Ran(*known, answers, started_s, seconds, steps, _ratio(fleet))
 
     def _lay(self, names: Sequence[str], lap: Lap) -> None:
         for pair in self._wan.pairs():
