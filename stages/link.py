@@ -4,22 +4,21 @@ A TLS connection between two members of a plan; knows frames, but not what they 
 Each end proves the key of the certificate that the plan lists under its name; `dialing` and `listener`
 make connections, this module uses them.
 
-OpenSSL forbids two threads on one TLS object: a connection notices and raises. Other threads may
-only call `close`, which touches the TCP socket alone; the using thread frees the rest.
+One thread uses a connection; other threads may only call `close`, which touches the TCP sockets alone
+(`sole_use`).
 """
 
 import contextlib
 import select
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from stages.control import Hello, LinkReport
-from stages.errors import LinkError, PeerClosedError
+from stages.errors import PeerClosedError
 from stages.frame import (
     ACK_KINDS,
     PAYLOAD_KINDS,
@@ -35,8 +34,9 @@ from stages.frame import (
 from stages.frame_reader import FrameReader
 from stages.link_meter import TcpState, bytes_moved
 from stages.send_queue import Bell
+from stages.sole_use import SoleUse
 from stages.stripes import Stripes
-from stages.tcp import congestion_control, limit_unsent, link_error, open_window, part
+from stages.tcp import congestion_control, limit_unsent, open_window, part
 from stages.turns import UNSENT_BYTES, Turns, unsent_bytes
 
 Purpose: TypeAlias = Literal["data", "control"]
@@ -109,13 +109,13 @@ class Connection:
         """The number under which frames of this run travel."""
         self._epoch = hello.epoch if purpose == "data" else None
         self._reader = FrameReader(incoming | TURN_KINDS if hello.in_turns else incoming)
-        self._use = threading.Lock()
-        self._closing = False
+        self._watched: tuple[tuple[ssl.SSLSocket | Bell, ...], select.poll] = (), select.poll()
+        self._sole_use = SoleUse(hello.name, self.sockets)
 
     @property
     def closed(self) -> bool:
         """Whether this end closed the connection."""
-        return self._closing
+        return self._sole_use.closing
 
     def fileno(self) -> int:
         """The socket's descriptor, for select."""
@@ -145,7 +145,7 @@ class Connection:
 
     def tcp_state(self) -> TcpState:
         """What the system says of the connection; for the using thread, raises LinkError."""
-        with self._sole_use():
+        with self._sole_use:
             states = [TcpState.of(tls) for tls in self.sockets]
             turn = self._sending.current if self.hello.in_turns else None
             return TcpState.together(states, turn)
@@ -168,7 +168,7 @@ class Connection:
 
     def send(self, packet: Packet) -> None:
         """Send one frame whole; blocks while the peer takes nothing, raises LinkError."""
-        with self._sole_use():
+        with self._sole_use:
             started_s, worked_s = time.perf_counter(), time.thread_time()
             if packet.kind in PAYLOAD_KINDS and self._sending.over(now_s := time.monotonic()):
                 self._write(seal(Label(Kind.TURN, self.run, self.hello.epoch), b"", b""))
@@ -194,7 +194,7 @@ class Connection:
 
     def receive(self) -> Frame:
         """The next frame; raises PeerClosedError at the end, ProtocolError for what is no frame."""
-        with self._sole_use():
+        with self._sole_use:
             frame = None
             while frame is None:
                 lane = self._lanes[self._receiving]
@@ -213,15 +213,13 @@ class Connection:
         if missing < BULKY_BYTES or tls.pending():
             return
         tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
-        incoming = select.poll()  # unlike select, for descriptors of any number
-        incoming.register(tls, select.POLLIN)
-        incoming.poll(BULK_MS)
+        self._watching(tls).poll(BULK_MS)
         tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     @contextlib.contextmanager
     def unblocked(self) -> Iterator[None]:
         """Hold the connection for one thread's select loop, with reads and writes that return."""
-        with self._sole_use():
+        with self._sole_use:
             self._tls.setblocking(False)
             yield
 
@@ -243,17 +241,24 @@ class Connection:
 
     def wait(self, bell: Bell, timeout_s: float | None) -> bool:
         """Wait for bytes or for the bell; whether bytes lie ready, so that `receive` hardly waits."""
-        with self._sole_use():
+        with self._sole_use:
             if self.undelivered():
                 return True
             lane = self._lanes[self._receiving]
             if isinstance(lane, Stripes):
                 return lane.wait(bell, timeout_s)
-            waiting = select.poll()
-            waiting.register(lane, select.POLLIN)
-            waiting.register(bell, select.POLLIN)
-            ready = waiting.poll(None if timeout_s is None else timeout_s * 1000)
+            watching = self._watching(lane, bell)
+            ready = watching.poll(None if timeout_s is None else timeout_s * 1000)
             return any(descriptor == lane.fileno() for descriptor, _ in ready)
+
+    def _watching(self, *sources: ssl.SSLSocket | Bell) -> select.poll:
+        """What tells of bytes there; kept, for they are mostly the same."""
+        if self._watched[0] != sources:
+            incoming = select.poll()  # unlike select, for descriptors of any number
+            for each in sources:
+                incoming.register(each, select.POLLIN)
+            self._watched = sources, incoming
+        return self._watched[1]
 
     def undelivered(self) -> bool:
         """Whether TLS holds decrypted bytes that select does not see."""
@@ -275,9 +280,9 @@ class Connection:
 
     def refuse(self, packet: Packet) -> None:
         """Say a last frame, take no more, and end the connection once the peer could hear it."""
-        with self._sole_use():
+        with self._sole_use:
             self._lanes[self._sending.current].sendall(bytes(packet))
-            self._closing = True
+            self._sole_use.closing = True
             for tls in self.sockets:
                 part(tls)
 
@@ -288,38 +293,7 @@ class Connection:
 
     def close(self) -> None:
         """End the connection at once, from any thread; what was sent still goes out."""
-        self._closing = True
-        for tls in self.sockets:
-            with contextlib.suppress(OSError):  # not connected any more: that was the aim
-                # The base class's shutdown: SSLSocket's own would touch the TLS object.
-                socket.socket.shutdown(tls, socket.SHUT_RDWR)
-        self._free()
-
-    def _free(self) -> None:
-        """Give the descriptor back, unless another thread is inside: then it does so itself."""
-        if self._use.acquire(blocking=False):
-            for tls in self.sockets:
-                tls.close()
-            self._use.release()
-
-    @contextlib.contextmanager
-    def _sole_use(self) -> Iterator[None]:
-        if not self._use.acquire(blocking=False):
-            self._require_open()  # else it may be `close` that holds it, for a moment
-            raise RuntimeError(f"two threads use the TLS connection to {self.peer}")
-        try:
-            self._require_open()
-            yield
-        except OSError as error:
-            raise link_error(f"the connection to {self.peer}", error) from error
-        finally:
-            self._use.release()
-            if self._closing:
-                self._free()
-
-    def _require_open(self) -> None:
-        if self._closing:
-            raise LinkError(f"the connection to {self.peer} was closed here")
+        self._sole_use.close()
 
     def _advance(self, count: int) -> Frame | None:
         if count == 0:

@@ -16,6 +16,7 @@ from stages.errors import LinkError, LinkTimeoutError, PeerClosedError, StageErr
 from stages.frame import EpochMismatchError, Packet
 from stages.link import Connection
 from stages.link_codec import LinkEncoder
+from stages.link_meter import SAMPLE_S, TcpState
 from stages.mailbox import LinkDown
 from stages.send_queue import Bell, Kept, SendQueue
 from stages.wire import Ack, ProfileHeld, StepFrame
@@ -26,6 +27,7 @@ PATIENCE_S = 20.0  # how long a broken connection may stay away before it counts
 REDIAL_PAUSE_S = 0.1
 GLANCES_A_PATIENCE = 8
 """At whether anything moves; half of them in vain mean that the route is gone."""
+LOOK_EVERY_S = SAMPLE_S / 2
 WINDOW_FRAMES = 256  # their acknowledgements fit any socket's buffer, so neither end waits for both
 
 
@@ -59,6 +61,7 @@ class Outbox:
         self._encoder = encoder or LinkEncoder(connection.run)
         self._queue: SendQueue[Packet | StepFrame] = SendQueue(connection.peer, capacity)
         self._kept = Kept()
+        self._seen, self._look_again_s = TcpState(), 0.0
         self._bell = Bell()
         self._aborted = threading.Event()
         self._swapping = threading.Lock()
@@ -184,6 +187,7 @@ class Outbox:
 
     def _introduce(self) -> None:
         """Have a new connection's peer hold the profiles before frames come that need them."""
+        self._look_again_s = 0.0
         self._encoder.reconnected(self._connection.hello.dense)
         self._announce()
         while self._encoder.waiting_for_word:
@@ -202,9 +206,17 @@ class Outbox:
         if isinstance(word, Refused):
             raise EpochMismatchError(f"{self._connection.peer} refused a frame: {word.reason}")
         assert isinstance(word, Ack | ProfileHeld), "the connection takes no other kinds"
-        self._encoder.heard(word, self._connection.tcp_state())
+        self._encoder.heard(word, self._tcp_state())
         if isinstance(word, Ack):
             self._forget(word.frame)
+
+    def _tcp_state(self) -> TcpState:
+        """What TCP knew a moment ago at most: to ask the system costs as much as to read a word."""
+        now_s = time.monotonic()
+        if now_s >= self._look_again_s:
+            self._look_again_s = now_s + LOOK_EVERY_S
+            self._seen = self._connection.tcp_state()
+        return self._seen
 
     def _forget(self, last_frame: int) -> None:
         """Drop the frames that the peer holds."""
