@@ -184,8 +184,9 @@ def stage_table(
     """
     passes = _passes(nodes, model, work, cell, role)
     k = _counts_worth_trying(nodes, model, work, cell, role)
-    best = np.full((len(nodes), k.shape[1]), np.inf)
-    offloaded, parked = np.zeros((2, *best.shape))
+    # What no node holds is not looked at.
+    whole = np.full((len(nodes), model.layers), np.inf), *np.zeros((2, len(nodes), model.layers))
+    best, offloaded, parked = (table[:, : k.shape[1]] for table in whole)
     # Only who has something to park in has a choice to make; what is within a window is not parked.
     able = [i for i, n in enumerate(nodes) if n.kv_stream_bytes_per_s and not model.window]
     for fraction in PARKED_KV:
@@ -201,10 +202,8 @@ def stage_table(
         best[at] = np.where(better, busy, best[at])
         offloaded[at] = np.where(better, omega, offloaded[at])
         parked[at] = np.where(better, fraction, parked[at])
-    # What no node holds was not looked at.
-    wide = ((0, 0), (0, model.layers - k.shape[1]))
-    busy = np.pad(best, wide, constant_values=np.inf)
-    return StageTable(busy, np.pad(offloaded.astype(np.int64), wide), np.pad(parked, wide))
+    busy_s, weights, kv = whole
+    return StageTable(busy_s, weights.astype(np.int64), kv)
 
 
 def _counts_worth_trying(

@@ -208,13 +208,15 @@ def _held_by_groups(costs: ReplicaCosts, cell: Cell, role: Role, longest_s: floa
         busy = costs.busy_s(cell, role, count)
         # The whole of a stage's slots is one node's only where it stands alone.
         most = np.where(busy * (count / slots) <= longest_s, count, most)
-    held = np.zeros(1 << nodes, np.int64)
-    for mask in range(1, 1 << nodes):
-        members = [node for node in range(nodes) if mask >> node & 1]
-        if len(members) <= slots:
-            able = most[members]
-            held[mask] = ((able.min(axis=0) > 0) & (able.sum(axis=0) >= slots)).sum()
-    return held
+    # Groups with a node are those without it, once more: all masks by doubling.
+    least, total = np.full((1, most.shape[1]), slots + 1), np.zeros((1, most.shape[1]), np.int64)
+    size = np.zeros(1, np.int64)
+    for able in most:
+        least = np.concatenate((least, np.minimum(least, able)))
+        total = np.concatenate((total, total + able))
+        size = np.concatenate((size, size + 1))
+    held = ((least > 0) & (total >= slots)).sum(axis=1)
+    return np.where((size > 0) & (size <= slots), held, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,8 @@ class Ring:
         self._open = shape.slots
         self._sequences: dict[int, Sequence] = {}
         self._queue: list[tuple[float, int]] = []
+        self._prompts: set[int] = set()
+        """Sequences in slots of whose prompts something is left to compute."""
         self._holdings = holdings_of(shape)
         self._admission = Admission(shape.blocks, self._holdings)
         self._places: int | None = None
@@ -182,7 +184,7 @@ class Ring:
     @property
     def live(self) -> int:
         """Sequences that hold KV blocks."""
-        return sum(len(slot.sequences) for slot in self._slots)
+        return len(self._sequences) - len(self._queue)
 
     @property
     def queued(self) -> int:
@@ -305,6 +307,7 @@ class Ring:
 
     def _forget(self, number: int) -> None:
         self._places = None
+        self._prompts.discard(number)
         del self._sequences[number]
         next(slot for slot in self._slots if number in slot.sequences).sequences.remove(number)
         self._ended.append(number)
@@ -340,7 +343,7 @@ class Ring:
         """
         if self._open == 1:
             return self.shape.step_tokens
-        left = sum(self._sequences[number].prompt_left for number in self._in_slots())
+        left = sum(self._sequences[number].prompt_left for number in self._prompts)
         if self._queue:
             places = self._target_rows(slot_number) - len(self._slots[slot_number].sequences)
             left += min(self.queued, max(0, places)) * self._sequences[self._queue[0][1]].known
@@ -383,10 +386,20 @@ class Ring:
         spans: list[Span] = []
         grants: list[Grant] = []
         planned: set[int] = set()
+        plain = self.shape.window is None and not slot.draft_len
         for number in sorted(slot.sequences, key=self._decodes_first):
-            if number not in self._sequences:
+            sequence = self._sequences.get(number)
+            if sequence is None:
                 continue  # it has made way for one before it
-            span = _span(number, self._sequences[number], budget)
+            decodes = sequence.known - sequence.computed == 1 and number not in self._prompts
+            if decodes and plain and budget and self._holdings.covers(number, sequence.known):
+                # What comes below, where nothing is added: most spans, and half of a simulation.
+                spans.append(Span(number, sequence.computed, 1, samples=True))
+                sequence.computed += 1
+                planned.add(number)
+                budget -= 1
+                continue
+            span = _span(number, sequence, budget)
             if span is None:
                 continue
             added = self._room_to_draft(slot, span)
@@ -479,7 +492,12 @@ class Ring:
 
     def _compute(self, slot: _Slot, span: Span) -> tuple[int, ...]:
         """The next frame computes the span; the windowed blocks that are added for it."""
-        self._sequences[span.sequence].computed = span.start + span.tokens
+        sequence = self._sequences[span.sequence]
+        sequence.computed = span.start + span.tokens
+        if sequence.prompt_left:
+            self._prompts.add(span.sequence)
+        else:
+            self._prompts.discard(span.sequence)
         end = self._reach(slot, span)
         return self._holdings.computes(span.sequence, span.start, end, self._next_frame)
 
