@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,8 +42,12 @@ class Claim:
         return " ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
 
-def record(name: str, claims: list[Claim]) -> None:
-    """Print the claims and write benchmarks/results/<name>.json."""
+def record(name: str, claims: list[Claim], again: Sequence[str] = ()) -> None:
+    """
+    Print the claims and write benchmarks/results/<name>.json.
+
+    Where a part was measured `again`, only earlier rows whose claims begin so give way to them.
+    """
     table = Table("claim", "measured", "target", "unit", "met", title=name)
     for claim in claims:
         met = {True: "yes", False: "NO", None: ""}[claim.met]
@@ -50,8 +55,12 @@ def record(name: str, claims: list[Claim]) -> None:
     Console().print(table)
     facts = {"hardware": hardware(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     rows = [asdict(claim) | {"met": claim.met} | facts for claim in claims]
+    path = RESULTS / f"{name}.json"
+    if again:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in earlier if not row["claim"].startswith(tuple(again))] + rows
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def hardware() -> str:

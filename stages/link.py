@@ -37,7 +37,7 @@ from stages.send_queue import Bell
 from stages.sole_use import SoleUse
 from stages.stripes import Stripes
 from stages.tcp import congestion_control, limit_unsent, open_window, part
-from stages.turns import UNSENT_BYTES, Turns, unsent_bytes
+from stages.turns import MOST_UNSENT_BYTES, Turns, unsent_bytes
 
 Purpose: TypeAlias = Literal["data", "control"]
 
@@ -100,7 +100,7 @@ class Connection:
             if purpose == "data":
                 open_window(tls)
             if hello.in_turns:
-                limit_unsent(tls, UNSENT_BYTES)
+                limit_unsent(tls, MOST_UNSENT_BYTES)
         self._lanes = (Stripes(sockets),) if at_once else self.sockets
         """What carries a frame by itself."""
         self._sending, self._receiving = Turns(len(self._lanes)), 0

@@ -14,7 +14,8 @@ TURN_S: Final = 9.0
 LEARNING_S: Final = 2.0
 """The first turn: the other connection learns the wire, too, while the job begins."""
 UNSENT_S: Final = 0.04
-LEAST_UNSENT_BYTES, UNSENT_BYTES = 64 * 2**10, 512 * 2**10
+LEAST_UNSENT_BYTES: Final = 64 * 2**10
+MOST_UNSENT_BYTES: Final = 512 * 2**10
 """What may wait in the kernel: what is left as a turn ends shares the wire with the next, and what is
 more than the queue before the wire holds is lost. 512 KiB are a fifth of a second of 20 Mbit/s, and
 were a hundred packets a turn."""
@@ -44,4 +45,4 @@ class Turns:
 
 def unsent_bytes(bytes_per_s: float) -> int:
     """What may wait in the kernel for a wire that carries so much."""
-    return min(UNSENT_BYTES, max(LEAST_UNSENT_BYTES, round(UNSENT_S * bytes_per_s)))
+    return min(MOST_UNSENT_BYTES, max(LEAST_UNSENT_BYTES, round(UNSENT_S * bytes_per_s)))

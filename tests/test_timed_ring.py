@@ -1,11 +1,14 @@
 """The ring's benchmark measures what it says: its sums, and stages that only take their time."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import record as recording
 from benchmarks.activations import EXAMPLE
+from benchmarks.record import Claim, record
 from benchmarks.ring_arithmetic import HIDDEN, NETWORKS, ROWS, Cell, stage_s
 from benchmarks.ring_hosts import Ran
 from benchmarks.ring_stage import Order, TimedCompute
@@ -61,3 +64,13 @@ def test_a_run_is_rated_between_its_first_rounds_and_its_first_ended_row() -> No
     assert ran.early_rows_per_s == pytest.approx(11 * ROWS / 13)
     assert ran.busy(1.0)[0, 6] == pytest.approx(0.5)
     assert ran.busy(1.0).sum() == pytest.approx(14 * 0.5)
+
+
+def test_cells_that_are_measured_again_replace_their_own_rows_of_the_record_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "RESULTS", tmp_path)
+    record("ring", [Claim(name, 1.0, "ratio") for name in ("E1x2: a", "E5x2: a", "E5x2 begun")])
+    record("ring", [Claim("E5x2: b", 2.0, "ratio")], again=["E5x2:"])
+    rows = json.loads((tmp_path / "ring.json").read_text(encoding="utf-8"))
+    assert [row["claim"] for row in rows] == ["E1x2: a", "E5x2 begun", "E5x2: b"]

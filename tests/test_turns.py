@@ -12,8 +12,8 @@ from stages.tcp import BBR_BUNDLE, Bundle
 from stages.turns import (
     LEARNING_S,
     LEAST_UNSENT_BYTES,
+    MOST_UNSENT_BYTES,
     TURN_S,
-    UNSENT_BYTES,
     Turns,
     unsent_bytes,
 )
@@ -44,7 +44,7 @@ def test_a_turn_begins_with_its_first_frame_and_ends_after_its_time() -> None:
 def test_as_a_turn_ends_the_less_waits_in_the_kernel_the_slower_the_wire() -> None:
     assert unsent_bytes(0) == LEAST_UNSENT_BYTES
     assert unsent_bytes(2.5e6) == 100_000
-    assert unsent_bytes(1e9) == UNSENT_BYTES
+    assert unsent_bytes(1e9) == MOST_UNSENT_BYTES
 
 
 def test_a_turn_is_over_before_bbr_would_empty_the_wire_and_a_rest_is_not() -> None:
