@@ -14,8 +14,9 @@ from stages.errors import OutOfMemoryError
 from storage.prompts import PromptRow
 from storage.results import ResultRow
 
-WINDOW_ROWS = 4096
-"""Rows that are put in order at once."""
+WINDOW_ROWS, WINDOW_CHARACTERS = 2**16, 2**25
+"""Rows that are put in order at once, and their prompts' length: all of most jobs, so that what begins
+alike is computed together wherever it stands; tens of megabytes."""
 BREATH_ROWS = 1024
 """Rows that end without a pipeline, before what has ended is taken away."""
 TOKEN_CHARACTERS = 4
@@ -64,8 +65,14 @@ class Waiting:
         return next(free, None) or max(self._groups, key=lambda prefix: len(self._groups[prefix]))
 
     def _read_window(self) -> bool:
-        window = sorted(islice(self._rows, WINDOW_ROWS), key=self._rounds, reverse=True)
-        for row in window:
+        window: list[PromptRow] = []
+        characters = 0
+        for row in islice(self._rows, WINDOW_ROWS):
+            window.append(row)
+            characters += row.length
+            if characters >= WINDOW_CHARACTERS:
+                break
+        for row in sorted(window, key=self._rounds, reverse=True):
             self._groups.setdefault(row.prefix_hash, deque()).append(row)
         self._ended = not window
         return not self._ended

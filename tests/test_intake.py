@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.dealing import Told
-from flows.intake import TOKEN_CHARACTERS, WINDOW_ROWS, Intake, Waiting
+from flows.intake import TOKEN_CHARACTERS, WINDOW_CHARACTERS, WINDOW_ROWS, Intake, Waiting
 from flows.job import Job, Sampling
 from flows.lease import Clerk, RunNames
 from flows.model import open_model
@@ -103,3 +103,12 @@ def test_no_more_rows_are_held_than_are_put_in_order_at_once() -> None:
         assert rows.take(n % 2) is not None
     assert read["rows"] == WINDOW_ROWS
     assert len(rows) == 2 * WINDOW_ROWS
+
+
+def test_no_more_of_long_prompts_is_held_than_is_put_in_order_at_once() -> None:
+    length = WINDOW_CHARACTERS // 4
+    long = PromptRow(0, "r", "hash", "only its length counts", None, {}, "a", length)
+    unread = iter([replace(long, row_id=n) for n in range(10)])
+    rows = Waiting(unread, 10, Sampling())
+    assert rows.take(0) is not None
+    assert [row.row_id for row in unread] == [4, 5, 6, 7, 8, 9]
