@@ -30,7 +30,7 @@ from planner.plan import Plan
 from storage.compact import MAX_LIVE_PARTS, compact
 from storage.export import export
 from storage.index import BuiltIndex, built_index
-from storage.progress import Answered, answered, progress
+from storage.progress import progress
 from storage.results import ResultRow, ResultWriter
 from storage.store import JobStore
 from storage.verify import verify
@@ -52,7 +52,7 @@ def run_batch(job: Job, store_uri: str, layout: Layout) -> Summary:
         store.set_input(index)
     done = progress(store)
     if done.pending and start is None:
-        start = prepare(job, model, index, done.pending, layout, answered(store, done))
+        start = prepare(job, model, index, done.pending, layout)
     run = Run(job, model, store, done)
     try:
         if start is not None:
@@ -72,16 +72,9 @@ class Start:
     plan: Plan
 
 
-def prepare(
-    job: Job,
-    model: ModelFolder,
-    index: BuiltIndex,
-    rows: int,
-    layout: Layout,
-    earlier: Answered | None = None,
-) -> Start:
+def prepare(job: Job, model: ModelFolder, index: BuiltIndex, rows: int, layout: Layout) -> Start:
     """Measure the nodes and plan for so many of the index's rows; nothing is started or stored."""
-    work = workload(rows, index.sample, job, model, earlier)
+    work = workload(rows, index.sample, job, model)
     measured = measure_nodes(job, layout)
     return Start(work, measured, plan_run(measured, work, layout))
 
@@ -90,7 +83,7 @@ def answer(run: Run, start: Start) -> None:
     """Start the stages of the plan and have the rows answered that have no result yet."""
     plan, measured = start.plan, start.measured
     run.planned(plan, measured)
-    announce(plan, start.work)
+    announce(plan)
     context = run.model.context_tokens
     rings = [ring_of(each, measured, context, start.work) for each in plan.pipelines]
     settings = StageSettings(

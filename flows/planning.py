@@ -25,30 +25,15 @@ from planner.tempo import MOST
 from stages.codec import INT8
 from stages.config import Ring
 from stages.errors import PromptError
-from storage.progress import Answered
 from storage.prompts import PromptRow
 
 NOTHING = Plan((), 0.0, 0.0, 0.0, 0.0, "the input has no rows")
 """The plan for no rows at all."""
 
 
-LEARNED_ROWS = 1_000
-"""Answers by which others are foretold: some times what is in flight, of which the short end first."""
-
-
-def workload(
-    rows: int,
-    sample: Iterable[PromptRow],
-    job: Job,
-    model: ModelFolder,
-    earlier: Answered | None = None,
-) -> Workload:
-    """
-    What is to do, from a sample of the rows, and from enough `earlier` answers of the job.
-
-    Without these, outputs are assumed to run to their limits, which the context may set. Of
-    beginnings that rows share, a sample sees the frequent ones.
-    """
+def workload(rows: int, sample: Iterable[PromptRow], job: Job, model: ModelFolder) -> Workload:
+    """What is to do, from a sample of the rows; outputs are assumed to run to their limits,
+    which the context may set. Of beginnings that rows share, a sample sees the frequent ones."""
     prompts: list[int] = []
     outputs: list[int] = []
     units: Counter[int] = Counter()
@@ -63,11 +48,7 @@ def workload(
         outputs.append(min(job.sampling.quota(row.sampling), room))
     repeated = SHARE_TOKENS * (units.total() - len(units))
     shared = repeated / sum(prompts) if prompts else 0.0
-    expected = _lengths(outputs)
-    if earlier and earlier.rows >= LEARNED_ROWS:
-        mean, p95 = max(1.0, earlier.mean_tokens), max(1.0, earlier.p95_tokens)
-        expected = Lengths(mean, p95, most=max([p95, *outputs]))
-    return Workload(rows, _lengths(prompts), expected, shared_prefix_fraction=shared)
+    return Workload(rows, _lengths(prompts), _lengths(outputs), shared_prefix_fraction=shared)
 
 
 def _lengths(counts: list[int]) -> Lengths:

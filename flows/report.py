@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from planner.explain import under_way
-from planner.facts import Workload
 from planner.plan import Plan
 from storage.results import ResultRow
 
@@ -109,12 +108,8 @@ class Screen(Console):
         """Rich would end the process here."""
 
 
-def announce(plan: Plan, work: Workload) -> None:
+def announce(plan: Plan) -> None:
     """Say on the terminal, before any row runs, what the run will be and take."""
-    outputs = work.output_tokens
-    expected = "every row runs to its limit"
-    if math.isfinite(outputs.most):
-        expected = f"rows make {outputs.mean:.0f} tokens each, as the job's did before"
     places = "; ".join(
         " -> ".join(
             f"{s.node} {s.first_layer}-{s.end_layer}"
@@ -127,7 +122,7 @@ def announce(plan: Plan, work: Workload) -> None:
     )
     Screen(stderr=True, soft_wrap=True, markup=False).print(
         f"plan: layers {places}; {plan.tokens_per_s:,.0f} tokens/s, and {plan.finish_s:,.0f} s if "
-        f"{expected}",
+        "every row runs to its limit",
         highlight=False,
     )
 

@@ -23,10 +23,6 @@ _TERMINAL = """
     select i.row_id, p.status = 'ok' as ok
     from index_rows i join part_rows p using (custom_id, input_hash)
 """
-_LENGTHS = """
-    select count(*), avg(output_tokens), quantile_disc(output_tokens, 0.95)
-    from part_rows where status = 'ok'
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +72,6 @@ def terminal_rows(
     with connection(tables) as database, own_query(store.files.shown):
         found = database.sql(_TERMINAL).to_arrow_table()
     return found.column("row_id").to_numpy(), found.column("ok").to_numpy()
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """How long a job's answers were; zeros where it has none."""
-
-    rows: int
-    mean_tokens: float
-    p95_tokens: float
-
-
-def answered(store: JobStore, done: Progress) -> Answered:
-    """Of all answers that the store has, those of rows that have left the input among them."""
-    parts = {"part_rows": store.part_rows(done.snapshot)}
-    with connection(parts) as database, own_query(store.files.shown):
-        rows, mean, p95 = database.sql(_LENGTHS).fetchall()[0]
-    return Answered(rows, mean or 0.0, float(p95 or 0))
 
 
 def unanswered(store: JobStore, source: PromptSource, done: Progress) -> Iterator[PromptRow]:

@@ -13,12 +13,10 @@ from flows.job import Job
 from flows.layout import Layout
 from flows.measure import Measured
 from flows.model import ModelFolder, open_model
-from flows.planning import LEARNED_ROWS, NOTHING, make_plan, ring_of, workload
-from flows.report import announce
+from flows.planning import make_plan, ring_of, workload
 from planner.cost import resident_kv
 from planner.facts import Cluster, CodecRate, Lengths, Link, ModelShape, Node, Workload
 from planner.plan import Pipeline, StagePlan
-from storage.progress import Answered
 from storage.prompts import PromptRow
 from tests.conftest import TINY_CONTEXT
 
@@ -44,18 +42,6 @@ def test_an_answer_is_expected_to_end_with_the_context(
 ) -> None:
     work = workload(1, [asking("p" * 60, max_new_tokens=asked)], job, model)
     assert work.output_tokens.p95 == TINY_CONTEXT - 60
-
-
-def test_answers_are_expected_to_be_as_long_as_earlier_ones_once_these_are_many(
-    job: Job, model: ModelFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [asking("p", max_new_tokens=50)]
-    few, many = Answered(LEARNED_ROWS - 1, 12.0, 30.0), Answered(LEARNED_ROWS, 12.0, 30.0)
-    assert workload(1, rows, job, model, few).output_tokens == Lengths(50.0, 50.0)
-    work = workload(1, rows, job, model, many)
-    assert work.output_tokens == Lengths(12.0, 30.0, most=50.0)
-    announce(NOTHING, work)
-    assert "if rows make 12 tokens each, as the job's did before" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", ["", "p" * (TINY_CONTEXT + 1)])

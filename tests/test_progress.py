@@ -6,7 +6,7 @@ from uuid import uuid4
 import pytest
 
 from storage.errors import InputError, StoreError
-from storage.progress import Answered, answered, progress, unanswered
+from storage.progress import progress, unanswered
 from storage.prompts import PromptSource
 from storage.store import JobStore
 from tests.stored import FINGERPRINT, begun, prompts_at, run
@@ -32,14 +32,6 @@ def test_answers_and_errors_are_not_done_again(tmp_path: Path) -> None:
     done = progress(store)
     assert (done.answered, done.failed, done.pending) == (3, 1, 0)
     assert left(store, source) == []
-
-
-def test_how_long_answers_were_is_known_of_answers_alone(tmp_path: Path) -> None:
-    source = prompts_at(tmp_path / "p.parquet", ["a", "", "c"])
-    store = begun(str(tmp_path / "store"), source)
-    assert answered(store, progress(store)) == Answered(0, 0.0, 0.0)
-    run(store, source)
-    assert answered(store, progress(store)) == Answered(2, 3.0, 3.0)
 
 
 def test_a_grown_input_computes_only_what_is_new_or_changed(tmp_path: Path) -> None:
