@@ -56,7 +56,7 @@ def record(name: str, claims: list[Claim], again: Sequence[str] = ()) -> None:
     facts = {"hardware": hardware(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     rows = [asdict(claim) | {"met": claim.met} | facts for claim in claims]
     path = RESULTS / f"{name}.json"
-    if again:
+    if again and path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         rows = [row for row in earlier if not row["claim"].startswith(tuple(again))] + rows
     RESULTS.mkdir(exist_ok=True)

@@ -14,9 +14,9 @@ from stages.errors import OutOfMemoryError
 from storage.prompts import PromptRow
 from storage.results import ResultRow
 
-WINDOW_ROWS, WINDOW_CHARACTERS = 2**16, 2**25
-"""Rows that are put in order at once, and their prompts' length: all of most jobs, so that what begins
-alike is computed together wherever it stands; tens of megabytes."""
+WINDOW_ROWS, WINDOW_CHARACTERS = 2**14, 2**24
+"""Rows that are put in order at once, and their prompts' length: what begins alike is computed together
+wherever it stands among them. Pipelines wait for as long as it takes to read so many."""
 BREATH_ROWS = 1024
 """Rows that end without a pipeline, before what has ended is taken away."""
 TOKEN_CHARACTERS = 4

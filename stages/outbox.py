@@ -152,6 +152,9 @@ class Outbox:
             self._introduce()
             self._send_again()
             self._send_all()
+            self._encoder.meter.tcp = (
+                self._connection.tcp_state()
+            )  # a report may come after the end
         except LinkError as error:
             return error
         return None
