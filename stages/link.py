@@ -36,7 +36,7 @@ from stages.link_meter import TcpState, bytes_moved
 from stages.send_queue import Bell
 from stages.sole_use import SoleUse
 from stages.stripes import Stripes
-from stages.tcp import congestion_control, limit_unsent, open_window, part
+from stages.tcp import congestion_control, limit_unsent, open_window
 from stages.turns import MOST_UNSENT_BYTES, Turns, unsent_bytes
 
 Purpose: TypeAlias = Literal["data", "control"]
@@ -282,9 +282,7 @@ class Connection:
         """Say a last frame, take no more, and end the connection once the peer could hear it."""
         with self._sole_use:
             self._lanes[self._sending.current].sendall(bytes(packet))
-            self._sole_use.closing = True
-            for tls in self.sockets:
-                part(tls)
+            self._sole_use.part()
 
     def finish(self) -> None:
         """Tell the peer that nothing more will be sent; it may still send."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from stages.errors import LinkError
-from stages.tcp import link_error
+from stages.tcp import link_error, part
 
 
 class SoleUse:
@@ -52,6 +52,12 @@ class SoleUse:
                 # The base class's shutdown: SSLSocket's own would touch the TLS object.
                 socket.socket.shutdown(tls, socket.SHUT_RDWR)
         self._free()
+
+    def part(self) -> None:
+        """End the connection once the peer could hear what was said last; for the thread inside."""
+        self.closing = True
+        for tls in self._sockets:
+            part(tls)
 
     def _leave(self) -> None:
         self._inside.release()
