@@ -6,6 +6,7 @@ sender dials again, the same process answers, and the frames that it has not got
 Numbers rise on every data connection.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -121,6 +122,8 @@ class Outbox:
         try:
             while (error := self._broken_by()) is not None:
                 self._reconnect(error)
+            with contextlib.suppress(LinkError):  # closed here by now: a report knows a little less
+                self._encoder.meter.tcp = self._connection.tcp_state()
         except StageError as error:
             self._queue.fail(error)
             if not self._aborted.is_set():
@@ -152,9 +155,6 @@ class Outbox:
             self._introduce()
             self._send_again()
             self._send_all()
-            self._encoder.meter.tcp = (
-                self._connection.tcp_state()
-            )  # a report may come after the end
         except LinkError as error:
             return error
         return None
