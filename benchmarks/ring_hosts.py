@@ -63,9 +63,7 @@ class Lap:
 class Ran:
     """What came of it."""
 
-    slots: int
-    slot_rows: int
-    warm_rounds: int
+    lap: Lap
     answers: Mapping[int, Answer]
     started_s: float
     seconds: float
@@ -80,8 +78,8 @@ class Ran:
         """Rows' steps that the last stage ends a second, from when all slots have gone round some
         times until the first rows end."""
         ends, tokens = self.steps[-1][:, 1], self.steps[-1][:, 2]
-        first, last = self.warm_rounds * self.slots - 1, self._last_steady
-        assert last > first, f"{len(ends)} steps are too few for {self.slots} slots"
+        first, last = self.lap.warm_rounds * self.lap.slots - 1, self._last_steady
+        assert last > first, f"{len(ends)} steps are too few for {self.lap.slots} slots"
         return float(tokens[first + 1 : last + 1].sum() / (ends[last] - ends[first]))
 
     @property
@@ -93,7 +91,8 @@ class Ran:
 
     @property
     def _last_steady(self) -> int:
-        return int(np.flatnonzero(self.steps[-1][:, 2] == self.slot_rows)[-1]) - self.slots
+        full = self.steps[-1][:, 2] == self.lap.slot_rows
+        return int(np.flatnonzero(full)[-1]) - self.lap.slots
 
     def late_busy(self) -> float:
         """The share of the second and third quarters of the run that the busiest stage computes."""
@@ -195,8 +194,7 @@ class Hosts:
                 answers |= {answer.row: answer for answer in came}
             seconds = time.monotonic() - started_s
         steps = [np.load(orders[name].log) for name in names]
-        known = lap.slots, lap.slot_rows, lap.warm_rounds
-        return Ran(*known, answers, started_s, seconds, steps, _ratio(fleet))
+        return Ran(lap, answers, started_s, seconds, steps, _ratio(fleet))
 
     def _lay(self, names: Sequence[str], lap: Lap) -> None:
         for pair in self._wan.pairs():

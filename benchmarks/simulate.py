@@ -154,10 +154,9 @@ def _runs(cluster: Cluster, plans: dict[str, Plan], seed: int) -> dict[str, tupl
     ours = {keys[name] for name in _OURS if name in plans}
     runs: dict[_Key, list[Simulated]] = {key: [] for key in keys.values()}
     by_key = {keys[name]: (plan, policy_of(name)) for name, plan in plans.items()}
+    racing = set(runs)
     for number, rows in enumerate(jobs):
-        if number == 0:
-            racing = set(runs)
-        elif number == 1:
+        if number == 1:
             racing = _within(FAR_BEHIND, runs)
         elif number == JOBS:
             near = _within(NEAR, {key: runs[key] for key in racing})

@@ -39,6 +39,8 @@ from tests.linked import (
     wait_for,
 )
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways")
+
 
 def test_a_frame_arrives_as_it_was_sent(net: Net) -> None:
     near, far = net.pair()
@@ -129,7 +131,7 @@ def test_a_peer_that_takes_nothing_fills_a_bounded_queue(net: Net) -> None:
     assert accepted <= 2 + 1 + held  # the queue, and the frame being sent
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways")
+@linux
 def test_an_open_window_takes_in_much_before_anybody_reads() -> None:
     with socket.socket() as listening, socket.socket() as sending:
         listening.bind(("127.0.0.1", 0))
@@ -145,7 +147,7 @@ def test_an_open_window_takes_in_much_before_anybody_reads() -> None:
                 taken += sending.send(bytes(2**14))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways")
+@linux
 def test_both_ends_of_a_data_connection_open_their_windows(net: Net) -> None:
     for end in net.pair(bundle=BBR_BUNDLE):
         for tls in end.sockets:

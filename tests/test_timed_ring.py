@@ -10,7 +10,7 @@ from benchmarks import record as recording
 from benchmarks.activations import EXAMPLE
 from benchmarks.record import Claim, record
 from benchmarks.ring_arithmetic import HIDDEN, NETWORKS, ROWS, Cell, stage_s
-from benchmarks.ring_hosts import Ran
+from benchmarks.ring_hosts import Lap, Ran
 from benchmarks.ring_stage import Order, TimedCompute
 from stages.codec import RAW
 from stages.config import StageSpec
@@ -59,7 +59,7 @@ def test_a_run_is_rated_between_its_first_rounds_and_its_first_ended_row() -> No
     ends = np.array([5.0, 7.0, 9.0, *np.arange(10.0, 20.0), 30.0])
     tokens = np.array([ROWS] * 12 + [3, 1])
     steps = np.stack([ends - 0.5, ends, tokens], axis=1)
-    ran = Ran(1, ROWS, 3, {}, 4.0, 27.0, [steps], 1.0)
+    ran = Ran(Lap((1.0,), NETWORKS[0].path, 1, ()), {}, 4.0, 27.0, [steps], 1.0)
     assert ran.steady_rows_per_s == pytest.approx(ROWS)
     assert ran.early_rows_per_s == pytest.approx(11 * ROWS / 13)
     assert ran.busy(1.0)[0, 6] == pytest.approx(0.5)
