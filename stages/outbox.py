@@ -62,7 +62,7 @@ class Outbox:
         self._encoder = encoder or LinkEncoder(connection.run)
         self._queue: SendQueue[Packet | StepFrame] = SendQueue(connection.peer, capacity)
         self._kept = Kept()
-        self._seen, self._look_again_s = TcpState(), 0.0
+        self._look_again_s = 0.0
         self._bell = Bell()
         self._aborted = threading.Event()
         self._swapping = threading.Lock()
@@ -218,8 +218,8 @@ class Outbox:
         now_s = time.monotonic()
         if now_s >= self._look_again_s:
             self._look_again_s = now_s + LOOK_EVERY_S
-            self._seen = self._connection.tcp_state()
-        return self._seen
+            self._encoder.meter.tcp = self._connection.tcp_state()
+        return self._encoder.meter.tcp
 
     def _forget(self, last_frame: int) -> None:
         """Drop the frames that the peer holds."""
